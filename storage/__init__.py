@@ -1,0 +1,1 @@
+"""Where totals rest. Imports nothing else of catchall."""

@@ -1,0 +1,1 @@
+"""Programs that people run. Nothing imports them."""
