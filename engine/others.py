@@ -1,0 +1,79 @@
+"""What other hosts counted, for reads under storage `mongodb`: asked of MongoDB in batches, kept for the cache's time to live.
+
+A domain that has a bounce anywhere is not-catch-all for good, so its figures are never asked for again. While MongoDB is away,
+what was last known is served: this host's own counts do not depend on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from catchall.engine.logs import BadState
+from catchall.storage.counts import pack
+from catchall.storage.mongodb import MongoCopy, MongoError, MongoOptions
+
+log = logging.getLogger("catchall.others")
+
+_FOR_GOOD = float("inf")
+RETRY_S = 1.0  # how long an unanswered question is not asked again
+
+
+class Others:
+    """{name: packed counts of all other components}, bounded in two generations.
+
+    ttl_s      how long an answer is good; 0: ask for every read
+    answered   called from a thread when a question was answered or failed
+    """
+
+    def __init__(self, options: MongoOptions, *, ttl_s: float, names_max: int, answered: Callable[[], None]) -> None:
+        self._copy = MongoCopy(options)
+        self._ttl_s, self._half, self._answered = ttl_s, max(1, names_max // 2), answered
+        self._young: dict[str, tuple[float, int]] = {}  # name -> (good until, packed)
+        self._old: dict[str, tuple[float, int]] = {}
+        self._lock = threading.Lock()
+        self._asking = ThreadPoolExecutor(1, "ask-mongodb")
+        self._away = BadState(log)
+
+    def get(self, name: str, own_bounced: bool) -> int | None:
+        """The packed counts, if they are known and still good. `own_bounced`: the verdict is final, any age will do."""
+        entry = self._young.get(name) or self._old.get(name)
+        if entry is None or (entry[0] < time.monotonic() and not own_bounced):
+            return None
+        return entry[1]
+
+    def ask(self, names: Mapping[str, str]) -> dict[str, int]:
+        """Start to ask for {name: own component}; the result is filled before `answered` is called."""
+        result: dict[str, int] = {}
+        self._asking.submit(self._ask, dict(names), result)
+        return result
+
+    def _ask(self, names: dict[str, str], result: dict[str, int]) -> None:
+        now = time.monotonic()
+        try:
+            found = self._copy.others(list(names), names.__getitem__)
+        except MongoError as error:
+            self._away.enter(f"reads show this host's counts and the last known ones of others: {error}", now)
+            self._keep({n: (now + RETRY_S, (self._young.get(n) or self._old.get(n) or (0, 0))[1]) for n in names}, result)
+        else:
+            self._away.leave("reads show the counts of all hosts again", now)
+            fresh = {}
+            for name in names:
+                delivered, bounced = found.get(name, (0, 0))
+                fresh[name] = (_FOR_GOOD if bounced else now + self._ttl_s, pack(delivered, bounced))
+            self._keep(fresh, result)
+        self._answered()
+
+    def _keep(self, entries: dict[str, tuple[float, int]], result: dict[str, int]) -> None:
+        with self._lock:
+            if len(self._young) + len(entries) > self._half:
+                self._old, self._young = self._young, {}
+            self._young.update(entries)
+        result.update({name: packed for name, (_, packed) in entries.items()})
+
+    def close(self) -> None:
+        self._asking.shutdown(cancel_futures=True)
+        self._copy.close()

@@ -1,0 +1,343 @@
+"""The reading end of a partition's event queues: all its segments, whichever writers made them.
+
+Discover    List the folder. There is no registration, and no order between segments: a segment is read because its name is
+            there. Before every batch of reads and every drain.
+Drain       Load `sealed`, then `published`, in this order, and take what lies between `consumed` and there, slice by slice.
+            A segment of another boot is one that a power cut may have hurt: its end is its first NUL, cut back to the last
+            newline, and its newest mark must match.
+Finished    `consumed` = the final length of a sealed segment, = `published` of one whose writer is dead (its lock can be
+            taken), = the end found after a power cut.
+Caught up   A drain that leaves nothing behind has all that was acknowledged before the folder was last listed.
+Retire      After a durable commit that holds the finished position: unlink, then sync the folder. Only then may the next
+            flush drop its row: a name that comes back in a crash is then known to be counted.
+Set aside   What is no segment becomes NAME.corrupt, with its bytes in the log, and nothing of it is counted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+
+from catchall.engine import segment
+from catchall.engine.disk import Disk, try_lock
+from catchall.engine.pending import Pending
+from catchall.engine.segment import HEADER_SIZE, PUBLISHED, SEALED, BadSegment
+from catchall.storage.ledger import Position
+
+log = logging.getLogger("catchall.queues")
+
+SLICE = 128 << 10  # bytes of a slice: larger ones count slower, and delay answers
+UNWRITTEN_WAIT_S = 1.0  # how long what contradicts itself may be a store that has not arrived yet
+TRY_LATER = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # these say nothing about the file
+
+
+class ReadSegment:
+    """One segment that is being read."""
+
+    __slots__ = (
+        "checked", "clock", "consumed", "fd", "final", "map", "name", "orphaned", "path", "payload_size", "seen",
+        "unwritten_since", "words",
+    )  # fmt: skip
+
+    def __init__(self, path: str, name: str, fd: int, payload_size: int, position: Position) -> None:
+        self.path, self.name, self.fd, self.payload_size = path, name, fd, payload_size
+        self.map = mmap.mmap(fd, HEADER_SIZE + payload_size, prot=mmap.PROT_READ)
+        self.words = memoryview(self.map)[:HEADER_SIZE].cast("Q")
+        self.consumed, self.clock = position.consumed, position.clock
+        self.final: int | None = None  # length, once it is known that nothing will follow
+        self.orphaned = False  # its writer is dead: neither word will change
+        self.seen = -1  # `published` when the writer's life was last checked
+        self.checked = 0.0
+        self.unwritten_since: float | None = None
+
+    def close(self) -> None:
+        self.words.release()
+        self.map.close()
+        os.close(self.fd)
+
+    @property
+    def finished(self) -> bool:
+        return self.final is not None and self.consumed >= self.final
+
+
+class QueueReader:
+    """Reads the queues of one partition into a Pending.
+
+    positions       what the ledger knows: where to go on in each segment
+    caught_up_ns    unix time before which everything acknowledged has been drained; 0 before that is known
+    """
+
+    def __init__(
+        self, folder: str, *, partition: int, boot_id: bytes, host_id: bytes, positions: Mapping[str, Position], disk: Disk
+    ) -> None:
+        self.folder, self._partition, self._boot_id, self._host_id, self._disk = folder, partition, boot_id, host_id, disk
+        self._segments: dict[str, ReadSegment] = {}
+        self._known = dict(positions)  # segments that are not open here: finished ones, or not yet discovered
+        self._changed: set[str] = set()  # positions that moved since the last cut
+        self._ignored: set[str] = set()
+        self.corrupt_files = self.unverified_bytes = 0
+        self._listed_ns = self.caught_up_ns = 0
+
+    # ---- discover
+
+    def discover(self) -> None:
+        """List the folder and open what is new. Raises OSError if the folder cannot be listed, or nothing more be opened."""
+        segments = self._segments
+        now = time.time_ns()
+        for entry in os.listdir(self.folder):
+            if entry.endswith(".seg") and entry[:-4] not in segments and entry not in self._ignored:
+                self._open(entry)
+        self._listed_ns = now
+
+    def remove_leftovers(self) -> None:
+        """Unlink .tmp files whose writers are dead."""
+        for entry in os.listdir(self.folder):
+            if entry.endswith(".tmp"):
+                path = f"{self.folder}/{entry}"
+                try:
+                    fd = self._disk.open(path, os.O_RDWR | os.O_CLOEXEC, 0)
+                except OSError:
+                    continue
+                try:
+                    if try_lock(fd):
+                        self._disk.unlink(path)
+                except FileNotFoundError:
+                    pass  # renamed by its living writer in between
+                finally:
+                    os.close(fd)
+
+    def _open(self, entry: str) -> None:
+        name, path = entry[:-4], f"{self.folder}/{entry}"
+        fd = -1
+        try:
+            fd = self._disk.open(path, os.O_RDONLY | os.O_CLOEXEC, 0)
+            header = segment.parse_header(os.pread(fd, 64, 0), os.fstat(fd).st_size)
+            if header.partition != self._partition or header.host_id != self._host_id:
+                raise BadSegment(f"belongs to partition {header.partition} of host {header.host_id.hex()}")
+            found = ReadSegment(path, name, fd, header.payload_size, self._known.get(name, Position(0, 0)))
+        except FileNotFoundError:
+            return
+        except (OSError, BadSegment) as bad:
+            if fd >= 0:
+                os.close(fd)
+            if isinstance(bad, OSError) and bad.errno in TRY_LATER:
+                raise
+            self._set_aside(path, str(bad))
+            return
+        if header.boot_id != self._boot_id and not self._end_of_other_boot(found):
+            return
+        self._known.pop(name, None)
+        self._segments[name] = found
+
+    def _end_of_other_boot(self, found: ReadSegment) -> bool:
+        """Find where a segment that a power cut may have hurt ends. False: it was set aside."""
+        stop = HEADER_SIZE + found.payload_size
+        if found.consumed > found.payload_size:
+            self._give_up(found, f"the ledger counted {found.consumed} bytes of {found.payload_size}")
+            return False
+        end = segment.end_after_power_cut(found.map, HEADER_SIZE + found.consumed, stop) - HEADER_SIZE
+        # What was counted before the power cut may itself be gone from the file: a mark above that was never synced.
+        lost = found.map.find(b"\0", HEADER_SIZE, HEADER_SIZE + found.consumed) - HEADER_SIZE
+        whole = end if lost < 0 else lost
+        mark = segment.newest_mark(found.map)
+        verified = found.consumed
+        if mark is not None and mark.offset <= whole:
+            with memoryview(found.map) as view:
+                crc = zlib.crc32(view[HEADER_SIZE : HEADER_SIZE + mark.offset])
+            if crc != mark.crc:
+                self._give_up(found, f"the crc of its first {mark.offset} bytes does not match its mark")
+                return False
+            verified = max(verified, mark.offset)
+        found.final = end
+        if end > verified:
+            self.unverified_bytes += end - verified
+            log.warning("%s: a power cut left %d bytes that no mark covers; they are counted", found.path, end - verified)
+        return True
+
+    def _give_up(self, found: ReadSegment, why: str) -> None:
+        found.close()
+        self._segments.pop(found.name, None)
+        self._set_aside(found.path, why)
+
+    def _set_aside(self, path: str, why: str) -> None:
+        aside = path.removesuffix(".seg") + ".corrupt"
+        self.corrupt_files += 1
+        log.error("%s: %s. Set aside as %s; nothing more of it is counted", path, why, aside)
+        try:
+            self._disk.rename(path, aside)
+        except OSError as error:
+            log.error("%s could not be renamed: %s", path, error)
+            self._ignored.add(os.path.basename(path))
+
+    # ---- drain
+
+    @property
+    def backlog(self) -> int:
+        """Published bytes that were not drained, in the segments that are open here."""
+        return sum(max(0, self._limit(found) - found.consumed) for found in self._segments.values())
+
+    @staticmethod
+    def _limit(found: ReadSegment) -> int:
+        return found.words[PUBLISHED] if found.final is None else found.final
+
+    def drain(self, pending: Pending, bytes_max: int) -> int:
+        """Count at most about `bytes_max` bytes of what is published. Returns how many it took; 0: all was drained."""
+        taken = 0
+        now = time.monotonic()
+        caught_up = True
+        for found in list(self._segments.values()):
+            stop = self._stop(found, now)
+            while found.consumed < stop and taken < bytes_max:
+                step = self._slice(found, stop, pending)
+                if step == 0:
+                    break
+                taken += step
+            caught_up &= found.consumed >= stop
+        if caught_up:
+            self.caught_up_ns = self._listed_ns
+        return taken
+
+    def _stop(self, found: ReadSegment, now: float) -> int:
+        """How far a segment may be read now; notes its final length when that is known."""
+        if found.final is not None:
+            return found.final
+        if not found.orphaned and now - found.checked >= 1.0 and found.words[SEALED] == 0:
+            self._check_writer(found, now)
+        sealed = found.words[SEALED]  # in this order: `published` is final when `sealed` is set
+        published = found.words[PUBLISHED]
+        beyond = not found.consumed <= published <= found.payload_size
+        if beyond or (sealed and sealed != published + 1 and self._lasts(found)):
+            self._give_up(found, f"published {published}, sealed {sealed}, consumed {found.consumed} contradict")
+            return found.consumed
+        if found.orphaned or sealed == published + 1:
+            found.final = published
+        return published
+
+    @staticmethod
+    def _lasts(found: ReadSegment) -> bool:
+        """Whether what contradicts itself has done so for longer than any store takes to arrive."""
+        now = time.monotonic()
+        if found.unwritten_since is None:
+            found.unwritten_since = now
+        return now - found.unwritten_since >= UNWRITTEN_WAIT_S
+
+    def _check_writer(self, found: ReadSegment, now: float) -> None:
+        """A segment that has been quiet for a second: if its lock can be taken, its writer is dead, and it has ended."""
+        found.checked = now
+        published = found.words[PUBLISHED]
+        found.orphaned = found.seen == published and try_lock(found.fd)
+        found.seen = published
+
+    def _slice(self, found: ReadSegment, stop: int, pending: Pending) -> int:
+        """Count one slice; returns its bytes, 0 if it must be looked at again later."""
+        start = HEADER_SIZE + found.consumed
+        end = min(HEADER_SIZE + stop, start + SLICE)
+        if end < HEADER_SIZE + stop:
+            end = found.map.rfind(b"\n", start, end) + 1 or end  # no line is longer than a slice
+        chunk = found.map[start:end]
+        if b"\0" in chunk or chunk[-1:] != b"\n":
+            return self._unwritten(found, chunk, pending)
+        found.unwritten_since = None
+        found.clock = pending.count(chunk, found.clock)
+        self._advance(found, len(chunk))
+        return len(chunk)
+
+    def _unwritten(self, found: ReadSegment, chunk: bytes, pending: Pending) -> int:
+        """A NUL or half a line below `published`: take what is whole, look again at once, and after a second skip the rest."""
+        nul = chunk.find(b"\0")
+        whole = chunk.rfind(b"\n", 0, nul if nul >= 0 else len(chunk)) + 1
+        if whole:
+            found.clock = pending.count(chunk[:whole], found.clock)
+            self._advance(found, whole)
+            return whole
+        if not self._lasts(found):
+            return 0
+        self.corrupt_files += 1
+        aside = f"{self.folder}/{found.name}-{found.consumed}.corrupt"
+        log.error("%s: bytes %d to %d are no lines. They are kept in %s and not counted",
+                  found.path, found.consumed, found.consumed + len(chunk), aside)  # fmt: skip
+        try:
+            with open(aside, "wb") as file:
+                file.write(chunk)
+        except OSError as error:
+            log.error("%s could not be written: %s", aside, error)
+        found.unwritten_since = None
+        self._advance(found, len(chunk))
+        return len(chunk)
+
+    def _advance(self, found: ReadSegment, size: int) -> None:
+        found.consumed += size
+        self._changed.add(found.name)
+
+    # ---- flush and retire
+
+    def cut(self) -> tuple[dict[str, Position], list[str]]:
+        """(positions that moved since the last cut, segments that are finished), as of this instant."""
+        finished = [found for found in self._segments.values() if found.finished]
+        names = self._changed | {found.name for found in finished}
+        self._changed = set()
+        return {n: Position(self._segments[n].consumed, self._segments[n].clock) for n in names if n in self._segments}, [
+            found.name for found in finished
+        ]
+
+    @property
+    def has_finished(self) -> bool:
+        return any(found.finished for found in self._segments.values())
+
+    def uncut(self, positions: Iterable[str]) -> None:
+        """The flush of that cut did not happen: its positions are to be saved by the next one."""
+        self._changed.update(positions)
+
+    def unlink(self, finished: Iterable[str]) -> list[str]:
+        """After the commit that holds their positions: unlink segments, durably. In the flush thread.
+
+        Returns the names whose rows the next flush may drop. Raises OSError if the folder cannot be synced.
+        """
+        gone = []
+        for name in finished:
+            try:
+                self._disk.unlink(f"{self.folder}/{name}.seg")
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                log.error("%s/%s.seg cannot be removed: %s", self.folder, name, error)
+                continue
+            gone.append(name)
+        if gone:
+            self._disk.sync_folder(self.folder)
+        return gone
+
+    def forget(self, gone: Iterable[str]) -> None:
+        """Close segments that were unlinked."""
+        for name in gone:
+            found = self._segments.pop(name, None)
+            if found is not None:
+                found.close()
+
+    def rows_without_a_file(self) -> list[str]:
+        """Rows of the ledger whose segments are gone for good. Only at start, after the folder was synced and discovered."""
+        present = {entry[:-4] for entry in os.listdir(self.folder) if entry.endswith(".seg")}
+        return [name for name in self._known if name not in present]
+
+    @property
+    def at_rest(self) -> bool:
+        """No segment is left."""
+        return not self._segments
+
+    def check_writers(self) -> None:
+        """Find out now which writers are dead; for the last drain, when all of them should be."""
+        for found in self._segments.values():
+            if found.final is None and not found.orphaned:
+                found.seen = found.words[PUBLISHED]
+                self._check_writer(found, time.monotonic())
+                found.checked = 0.0
+
+    def close(self) -> None:
+        for found in self._segments.values():
+            found.close()
+        self._segments.clear()

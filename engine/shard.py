@@ -1,0 +1,351 @@
+"""The shard process: owns the partitions p with p % shards == its number, counts their events and answers reads.
+
+    python -m catchall.engine.shard RUN_FOLDER NUMBER PARENT_PID    started by the supervisor, stopped by SIGTERM
+
+One flat loop over epoll. A turn: take what the sockets and threads brought; answer reads; drain a few slices; begin a flush
+if one is due and none is under way. It sleeps 2 ms after a turn that found events, then longer, up to 50 ms; reads and
+finished flushes wake it.
+
+Looking for published bytes in known segments is a few loads from memory and happens every turn. Listing the folders is a
+system call each; it happens before every batch of reads, as the protocol asks, and otherwise at least every 50 ms, which is
+how late the counting of a new segment may begin.
+
+SIGTERM     drain everything, flush it, push it (bounded), exit 0. The supervisor's death counts as SIGTERM.
+Exit 1      after an error whose outcome is unknown: the next start recovers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from catchall.engine import logs, metric_names
+from catchall.engine.data_folder import fill_reserve, give_up_reserve
+from catchall.engine.disk import DISK
+from catchall.engine.flush import Flush
+from catchall.engine.metrics_page import DRAINING, READY
+from catchall.engine.others import Others
+from catchall.engine.partition import Partition, PartitionOptions, lock_partition
+from catchall.engine.process import Runtime, die_with_parent, read_runtime
+from catchall.engine.push import Pusher, options_of
+from catchall.engine.rules import shard_of
+from catchall.engine.shard_reads import Reads
+from catchall.engine.shard_sockets import Sockets
+from catchall.storage.ledger import Tallies
+
+log = logging.getLogger("catchall.shard")
+
+TURN_BYTES = 256 << 10  # drained in one turn, before the sockets are looked at again
+SLEEP_MIN_S, SLEEP_MAX_S, SLEEP_GROWTH = 0.002, 0.05, 1.5
+DISCOVER_EVERY_S = 0.05
+FULL_RETRY_S = 1.0
+
+COUNTED = metric_names.cell("catchall_events_counted_total", "delivered"), metric_names.cell(
+    "catchall_events_counted_total", "bounced"
+)
+BACKLOG = metric_names.cell("catchall_queue_backlog_bytes")
+PENDING_NAMES = metric_names.cell("catchall_pending_names")
+CACHED_NAMES = metric_names.cell("catchall_cached_names")
+DOMAINS = tuple(metric_names.cell("catchall_domains", s) for s in ("catch-all", "not-catch-all", "unknown"))
+FLUSH_TIME = metric_names.Histogram("catchall_flush_duration_seconds")
+FLUSH_ROWS = metric_names.cell("catchall_flush_rows_total")
+FLUSH_FAILURES = metric_names.cell("catchall_flush_failures_total")
+FLUSH_SUCCESS = metric_names.cell("catchall_flush_last_success_timestamp_seconds")
+BAD_LINES = metric_names.cell("catchall_queue_bad_lines_total")
+UNVERIFIED = metric_names.cell("catchall_queue_unverified_bytes_total")
+CORRUPT_FILES = metric_names.cell("catchall_corrupt_files_total")
+CORRUPT_ROWS = metric_names.cell("catchall_corrupt_rows_total")
+
+
+class Shard:
+    def __init__(self, runtime: Runtime, number: int) -> None:
+        self._runtime, self._number = runtime, number
+        self._settings = runtime.settings
+        self._slot = runtime.page.slot("shard", number)
+        self._slot.take()
+        self._stopping = False
+        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._on_term)
+        signal.signal(signal.SIGINT, self._on_term)
+        self._epoll = select.epoll()
+        self._epoll.register(self._wake_r, select.EPOLLIN)
+        self._partitions = self._recover()
+        self._by_number = {partition.number: partition for partition in self._partitions}
+        self._sockets = Sockets(runtime.run_folder, number, self._epoll)
+        mongodb = self._settings.storage.kind == "mongodb"
+        others = self._make_others() if mongodb else None
+        self._pusher = self._make_pusher() if mongodb else None
+        self._reads = Reads(self._by_number, runtime.manifest.partitions, others, self._shared_stats)
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flushing: tuple[Partition, Flush, Future[None]] | None = None
+        self._next_flush = time.monotonic() + self._settings.storage.flush_interval
+        self._due: list[Partition] = []
+        self._full_until = 0.0
+        self._full = logs.BadState(log)
+        self._discovered = self._gauged = 0.0
+        self._sleep = SLEEP_MIN_S
+        self._turn = 0
+
+    def _on_term(self, *_: object) -> None:
+        self._stopping = True
+
+    # ---- start
+
+    def _recover(self) -> list[Partition]:
+        """Take and open all partitions of this shard, waiting for former owners to be gone."""
+        config, manifest = self._settings, self._runtime.manifest
+        shards = config.shards.workers
+        numbers = [p for p in range(manifest.partitions) if shard_of(p, shards) == self._number]
+        memory = config.storage.kind == "memory"
+        options = PartitionOptions(
+            root=self._runtime.root,
+            partitions=manifest.partitions,
+            host_id=manifest.host_id,
+            boot_id=self._runtime.boot_id,
+            threshold=config.rules.threshold,
+            synchronous="OFF" if memory else "FULL",
+            ledger_cache=config.storage.ledger_cache // manifest.partitions,
+            cache_names=config.cache.names // manifest.partitions if config.cache.enabled else 0,
+            pending_names_max=max(1000, 2 * config.storage.flush_rows // len(numbers)),
+            keep_rows=config.storage.kind == "mongodb",
+            disk=DISK,
+        )
+        partitions = []
+        waiting = logs.BadState(log)
+        for number in numbers:
+            while (lock := lock_partition(options.root, number, DISK)) is None:
+                if self._stopping:
+                    raise SystemExit(0)
+                waiting.enter(f"partition {number} is still held by another process; waiting for it to end", time.monotonic())
+                time.sleep(0.02)
+            waiting.leave("the partition was given up by its former owner", time.monotonic())
+            partitions.append(Partition(number, options, lock))
+        return partitions
+
+    def _make_others(self) -> Others:
+        cache = self._settings.cache
+        return Others(
+            options_of(self._settings.mongodb),
+            ttl_s=cache.ttl if cache.enabled else 0.0,
+            names_max=cache.names // self._settings.shards.workers,
+            answered=self._wake,
+        )
+
+    def _make_pusher(self) -> Pusher:
+        pusher = Pusher(
+            self._partitions,
+            self._settings.mongodb,
+            threshold=self._settings.rules.threshold,
+            slot=self._slot,
+            first=self._number == 0,
+        )
+        pusher.start()
+        return pusher
+
+    def _shared_stats(self) -> tuple[Tallies, int] | None:
+        stored = self._pusher.shared if self._pusher is not None else None
+        if stored is None:
+            return None
+        return Tallies(stored.catch_all, stored.not_catch_all, stored.unknown), stored.timestamp * 10**9
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_w, b"\0")
+        except BlockingIOError:
+            pass  # full, so it will wake anyway
+
+    # ---- the loop
+
+    def run(self) -> None:
+        self._slot.set_state(READY)
+        while not self._stopping:
+            self._one_turn()
+        self._slot.set_state(DRAINING)
+        self._finish()
+
+    def _one_turn(self) -> None:
+        events = self._epoll.poll(self._sleep)
+        for fd, event in events:
+            if fd == self._wake_r:
+                self._drain_wake_pipe()
+            else:
+                self._sockets.handle(fd, event)
+        now = time.monotonic()
+        if self._flushing is not None and self._flushing[2].done():
+            self._end_flush(now)
+        if requests := self._sockets.requests():
+            self._reads.add(requests)
+        if self._reads.waiting:
+            self._reads.answer()
+        self._sockets.send_all()
+        if now - self._discovered >= DISCOVER_EVERY_S:
+            self._discovered = now
+            for partition in self._partitions:
+                partition.reader.discover()
+        if took := self._drain_some():
+            self._note_backlog()
+        if self._flushing is None:
+            self._begin_flush(now)
+        if now - self._gauged >= self._settings.metrics.interval:
+            self._gauged = now
+            self._set_gauges()
+            if self._pusher is not None and self._pusher.superseded is not None:
+                self._supersede(self._pusher.superseded)
+        if took >= TURN_BYTES or self._reads.again:
+            self._sleep = 0.0
+        elif took or events:
+            self._sleep = SLEEP_MIN_S
+        else:
+            self._sleep = min(SLEEP_MAX_S, max(SLEEP_MIN_S, self._sleep * SLEEP_GROWTH))
+
+    def _drain_wake_pipe(self) -> None:
+        try:
+            while os.read(self._wake_r, 4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _drain_some(self) -> int:
+        """Drain up to TURN_BYTES, beginning with another partition each time."""
+        took = 0
+        self._turn += 1
+        count = len(self._partitions)
+        for i in range(count):
+            took += self._partitions[(i + self._turn) % count].drain(TURN_BYTES - took)
+            if took >= TURN_BYTES:
+                break
+        return took
+
+    # ---- flush
+
+    def _begin_flush(self, now: float) -> None:
+        """Submit the next partition that is due: all of them each flush_interval, sooner when many names are pending."""
+        if now < self._full_until:
+            return
+        if not self._due:
+            early = now < self._next_flush
+            if early and sum(partition.pending.names for partition in self._partitions) < self._settings.storage.flush_rows:
+                return
+            self._due = [partition for partition in self._partitions if partition.due]
+            self._next_flush = now + self._settings.storage.flush_interval
+            if not self._due:
+                self._slot.cells[FLUSH_SUCCESS] = time.time_ns()
+                return
+        partition = self._due.pop()
+        flight = partition.begin_flush()
+        future = self._flusher.submit(flight.run, partition.ledger, partition.cache, partition.reader)
+        future.add_done_callback(lambda _: self._wake())
+        self._flushing = partition, flight, future
+
+    def _end_flush(self, now: float) -> None:
+        assert self._flushing is not None
+        partition, flight, future = self._flushing
+        self._flushing = None
+        if (error := future.exception()) is not None:
+            log.critical("a flush of partition %d ended in doubt, so this shard starts anew: %s", partition.number, error)
+            raise SystemExit(1) from error
+        partition.end_flush(flight)
+        cells = self._slot.cells
+        if flight.full is not None:
+            cells[FLUSH_FAILURES] += 1
+            give_up_reserve(self._runtime.root)
+            self._full.enter(f"the disk is full, counts stay in memory and queues until there is room: {flight.full}", now)
+            self._full_until = now + FULL_RETRY_S
+            return
+        if self._full.lasts:
+            self._full.leave("flushes commit again", now)
+            fill_reserve(self._runtime.root, self._settings.data.reserve)
+        cells[FLUSH_SUCCESS] = time.time_ns()
+        cells[FLUSH_ROWS] += len(flight.rows)
+        FLUSH_TIME.observe(cells, flight.duration_ns)
+        delivered, bounced = flight.events
+        cells[COUNTED[0]] += delivered
+        cells[COUNTED[1]] += bounced
+        self._note_bad_lines(partition, flight.bad_lines + flight.cut.bad_lines)
+
+    def _note_bad_lines(self, partition: Partition, bad: int) -> None:
+        if bad:
+            self._slot.cells[BAD_LINES] += bad
+            log.error("partition %d: %d lines in its queues are no events; they were skipped", partition.number, bad)
+
+    def _supersede(self, reason: str) -> None:
+        log.critical("%s. This data folder is a copy or an old backup: its ledger is set aside and begun anew", reason)
+        for partition in self._partitions:
+            if f"partition {partition.number} " in reason:
+                partition.supersede(reason)
+        raise SystemExit(1)
+
+    def _note_backlog(self) -> None:
+        """HTTP workers slow bulk requests down by it, so it is kept fresh while there is one."""
+        self._slot.cells[BACKLOG] = sum(partition.reader.backlog for partition in self._partitions)
+
+    def _set_gauges(self) -> None:
+        cells = self._slot.cells
+        self._slot.beat()
+        partitions = self._partitions
+        self._note_backlog()
+        cells[PENDING_NAMES] = sum(partition.pending.names for partition in partitions)
+        cells[CACHED_NAMES] = sum(len(partition.cache) for partition in partitions)
+        total = sum((partition.ledger.meta.tallies for partition in partitions), Tallies())
+        for at, value in zip(DOMAINS, (total.catch_all, total.not_catch_all, total.unknown), strict=True):
+            cells[at] = value
+        cells[UNVERIFIED] = sum(partition.reader.unverified_bytes for partition in partitions)
+        cells[CORRUPT_FILES] = sum(p.reader.corrupt_files + p.corrupt_ledgers for p in partitions)
+        rows = sum(partition.ledger.damaged_rows for partition in partitions)
+        if rows > cells[CORRUPT_ROWS]:
+            log.error("%d rows of this shard's ledgers were read whose check does not match their counts", rows)
+        cells[CORRUPT_ROWS] = rows
+        self._reads.degraded = bool(cells[CORRUPT_FILES] or rows)
+
+    # ---- stop
+
+    def _finish(self) -> None:
+        """Drain and flush until nothing is left that can be flushed; then push what is left, for a bounded time."""
+        deadline = time.monotonic() + self._settings.server.shutdown_timeout
+        idle = False
+        while not idle and time.monotonic() < deadline:
+            if self._flushing is not None:
+                if not self._flushing[2].done():
+                    self._epoll.poll(0.05)
+                self._drain_wake_pipe()
+                if self._flushing[2].done():
+                    self._end_flush(time.monotonic())
+                continue
+            took = 0
+            for partition in self._partitions:
+                partition.reader.discover()
+                partition.reader.check_writers()
+                took += partition.drain(64 << 20)
+            self._next_flush = 0.0
+            self._begin_flush(time.monotonic())
+            idle = self._flushing is None and not took
+        self._set_gauges()
+        if self._pusher is not None:
+            self._pusher.stop(min(5.0, self._settings.server.shutdown_timeout))
+        left = sum(partition.reader.backlog for partition in self._partitions)
+        if not idle or left:
+            log.warning("stopped with %d bytes not flushed; they are kept and counted at the next start", left)
+        self._sockets.close()
+        self._flusher.shutdown()
+        for partition in self._partitions:
+            partition.close()
+
+
+def main() -> None:
+    run_folder, number = Path(sys.argv[1]), int(sys.argv[2])
+    die_with_parent(signal.SIGTERM, int(sys.argv[3]))
+    sys.setswitchinterval(0.001)
+    runtime = read_runtime(run_folder)
+    logs.setup(f"shard-{number}", runtime.settings.log)
+    Shard(runtime, number).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""How a shard answers: reads of counts, statistics, and whether it is ready.
+
+The requests of one turn are answered together: each partition they touch is listed and drained once, up to what was published
+when they came, so that every one of them sees all that was acknowledged before it was sent. A request waits for a later turn
+when a flush has to make room first, when the row it needs is behind a COMMIT under way, or when MongoDB was asked for what
+other hosts counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from zlib import crc32
+
+from catchall.engine.others import Others
+from catchall.engine.partition import Partition
+from catchall.engine.shard_protocol import COUNT_PAIR, COUNTS, PING, STATS, STATS_ANSWER
+from catchall.engine.shard_sockets import Request
+from catchall.storage.counts import DELIVERED_MASK
+from catchall.storage.ledger import Tallies
+
+log = logging.getLogger("catchall.shard")
+
+STATS_NAMES_MAX = 5000  # pending names of a shard that a statistics request looks at; beyond, it is as of the last cut
+
+
+class _Question:
+    """A COUNTS request: its names, and what was found out so far."""
+
+    __slots__ = ("asked", "keys", "names", "numbers", "request")
+
+    def __init__(self, request: Request, partitions: int) -> None:
+        self.request = request
+        self.keys = request.payload.split(b"\n") if request.payload else []
+        self.names = [key.decode("ascii", "replace") for key in self.keys]
+        self.numbers = [crc32(key) % partitions for key in self.keys]
+        self.asked: dict[str, int] | None = None  # what MongoDB is being asked, filled when it answered
+
+
+class Reads:
+    """What is waiting for an answer.
+
+    waiting    anything at all    again    something that can go on without being woken
+    degraded   told to those who ask whether the shard is ready
+    """
+
+    def __init__(
+        self,
+        partitions: Mapping[int, Partition],
+        partition_count: int,
+        others: Others | None,
+        shared_stats: Callable[[], tuple[Tallies, int] | None],
+    ) -> None:
+        self._partitions, self._count, self._others, self._shared_stats = partitions, partition_count, others, shared_stats
+        self._questions: list[_Question] = []
+        self._stats: list[Request] = []
+        self.degraded = False
+        self.again = False
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._questions or self._stats)
+
+    def add(self, requests: list[Request]) -> None:
+        for request in requests:
+            if request.kind == COUNTS:
+                self._questions.append(_Question(request, self._count))
+            elif request.kind == STATS:
+                self._stats.append(request)
+            elif request.kind == PING:
+                request.answer(b"\2" if self.degraded else b"\1")
+            else:
+                log.error("a request of unknown kind %d came in on the shard's socket", request.kind)
+                request.answer(b"")
+
+    def answer(self) -> None:
+        """Answer what can be answered now."""
+        self.again = False
+        if self._questions:
+            questions, self._questions = self._questions, []
+            touched = {number for question in questions for number in question.numbers}
+            behind = {n for n in touched if n not in self._partitions or not self._partitions[n].catch_up()}
+            for question in questions:
+                if not behind.isdisjoint(question.numbers):
+                    self._later(question, again=True)
+                else:
+                    self._answer(question)
+        if self._stats:
+            self._answer_stats()
+
+    def _later(self, question: _Question, *, again: bool) -> None:
+        self._questions.append(question)
+        self.again |= again
+
+    def _answer(self, question: _Question) -> None:
+        counts: list[int] = []
+        cold: dict[int, dict[str, bytes]] = {}
+        for name, key, number in zip(question.names, question.keys, question.numbers, strict=True):
+            packed = self._partitions[number].known(name, key)
+            if packed is None:
+                cold.setdefault(number, {})[name] = key
+                packed = -1
+            counts.append(packed)
+        if cold:
+            if any(self._partitions[number].ledger.in_commit for number in cold):
+                self._later(question, again=False)  # the end of the flush wakes the loop
+                return
+            loaded: dict[str, int] = {}
+            for number, names in cold.items():
+                loaded |= self._partitions[number].load(names)
+            counts = [loaded[name] if packed < 0 else packed for name, packed in zip(question.names, counts, strict=True)]
+        if self._others is not None and not self._add_others(question, counts):
+            return
+        pack = COUNT_PAIR.pack
+        question.request.answer(b"".join([pack(packed & DELIVERED_MASK, packed >> 64) for packed in counts]))
+
+    def _add_others(self, question: _Question, counts: list[int]) -> bool:
+        """Add what other hosts counted. False: MongoDB has to be asked first, and the question waits."""
+        assert self._others is not None
+        asked = question.asked or {}
+        unknown = {}
+        for i, (name, number) in enumerate(zip(question.names, question.numbers, strict=True)):
+            packed = asked.get(name)
+            if packed is None:
+                packed = self._others.get(name, own_bounced=counts[i] > DELIVERED_MASK)
+            if packed is None:
+                unknown[name] = self._partitions[number].ledger.meta.component
+            else:
+                counts[i] += packed
+        if unknown:
+            if question.asked is None:
+                question.asked = self._others.ask(unknown)
+            self._later(question, again=False)
+        return not unknown
+
+    def _answer_stats(self) -> None:
+        """All waiting requests get the same answer: domains by status, as of the earliest instant of any partition."""
+        now = time.time_ns()
+        budget = max(1, STATS_NAMES_MAX // max(1, len(self._partitions)))
+        total, as_of = Tallies(), now
+        for partition in self._partitions.values():
+            found = partition.tallies(budget, now) if partition.catch_up() else (partition.ledger.meta.tallies, partition.cut_at_ns)
+            if found is None:
+                return  # a small flush is under way; its end wakes the loop
+            total += found[0]
+            as_of = min(as_of, found[1])
+        shared = self._shared_stats()
+        own = (total.catch_all, total.not_catch_all, total.unknown, as_of)
+        of_all = (0,) * 5 if shared is None else (1, shared[0].catch_all, shared[0].not_catch_all, shared[0].unknown, shared[1])
+        payload = STATS_ANSWER.pack(*own, *of_all)
+        stats, self._stats = self._stats, []
+        for request in stats:
+            request.answer(payload)

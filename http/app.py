@@ -1,0 +1,232 @@
+"""The ASGI app of an HTTP worker: routes, the two hot paths, start and stop. No framework.
+
+    PUT, POST  /events/<domain>/delivered|bounced     events.py
+    POST       /events                                events.py
+    GET        /domains/<domain>   /domains/stats     domains.py
+    GET        /metrics            metrics.py         /healthz  /readyz   health.py
+
+Hot paths   A PUT or GET whose raw path is in a table: one look-up stands for splitting, decoding, lower-casing, checking and
+            routing. A PUT is answered without asking for its body (the server drains what there is), which would cost a
+            quarter of all throughput. One in 16 is timed.
+Raw paths   are split before they are percent-decoded, so %2F is part of a name (and then no good one), never a separator.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from multiprocessing import parent_process
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from catchall.engine import logs, metric_names
+from catchall.engine.process import RUN_VARIABLE, die_with_parent, read_runtime
+from catchall.http.body import ClientGone, Receive, header
+from catchall.http.domains import Domains
+from catchall.http.events import NOTHING, OK_EMPTY, SIGNS, Events
+from catchall.http.health import HEALTHY, readyz
+from catchall.http.metrics import DURATION, Metrics
+from catchall.http.problems import Response, problem
+from catchall.http.worker import Worker
+
+log = logging.getLogger("catchall.http")
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+WRITE_METHODS = frozenset({"PUT", "POST"})
+SAMPLE = 16  # one request in so many is timed, on the hot paths
+LATENCY = {route: metric_names.Histogram(DURATION, route) for route in metric_names.ROUTES}
+REQUESTS = {
+    (route, code): metric_names.request_cell(route, code) for route in metric_names.ROUTES for code in metric_names.CODES
+}
+WRITE_ROUTE = {REQUESTS[kind, 200]: kind for kind in SIGNS}
+DOMAIN_200 = REQUESTS["domain", 200]
+OK_START, OK_BODY = OK_EMPTY
+
+
+class NotFound(Exception):
+    pass
+
+
+class App:
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._writes: dict[bytes, Any] = {}
+        self._gets: dict[bytes, Any] = {}
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        try:
+            method, path = scope["method"], scope["raw_path"]
+        except KeyError:
+            await self._lifespan(receive, send)
+            return
+        if method in WRITE_METHODS:
+            write = self._writes.get(path)
+            if write is not None:
+                cells = self._cells
+                cell = write[2]
+                if cells[cell] % SAMPLE == 0:
+                    started = perf_counter_ns()
+                    if write[0](write[1]):
+                        cells[cell] += 1
+                        await send(OK_START)
+                        await send(OK_BODY)
+                        LATENCY[WRITE_ROUTE[cell]].observe(cells, perf_counter_ns() - started, SAMPLE)
+                        return
+                elif write[0](write[1]):
+                    cells[cell] += 1
+                    await send(OK_START)
+                    await send(OK_BODY)
+                    return
+        elif method == "GET":
+            read = self._gets.get(path)
+            if read is not None:
+                cells = self._cells
+                sampled = cells[DOMAIN_200] % SAMPLE == 0
+                started = perf_counter_ns() if sampled else 0
+                response = await self._domains.answer(read)
+                cells[REQUESTS["domain", response.start["status"]]] += 1
+                await send(response.start)
+                await send(response.body)
+                if sampled:
+                    LATENCY["domain"].observe(cells, perf_counter_ns() - started, SAMPLE)
+                return
+        await self._any(scope, receive, send, method, path)
+
+    async def _any(self, scope: dict[str, Any], receive: Receive, send: Send, method: str, path: bytes) -> None:
+        """Every request that is not on a hot path: routed, answered, counted and timed."""
+        started = perf_counter_ns()
+        route = "other"
+        try:
+            segments = path.split(b"/")[1:]
+            route = route_of(segments)
+            response = await self._answer(route, segments, scope, receive, method, path)
+        except ClientGone:
+            return
+        except NotFound:
+            response = problem(404, f"There is nothing at this path. {NOTHING} Events go to PUT /events/<domain>/delivered or "
+                               "/bounced and to POST /events; verdicts are at GET /domains/<domain>.")  # fmt: skip
+        except Exception:
+            log.exception("a request to route %s failed", route)
+            response = problem(500, "An error inside the service; its log has the details. What was recorded is not known.")
+        cells = self._cells
+        cells[REQUESTS[route, response.start["status"]]] += 1
+        if method == "HEAD":
+            response = Response(response.start, {"type": "http.response.body", "body": b""})
+        await send(response.start)
+        await send(response.body)
+        LATENCY[route].observe(cells, perf_counter_ns() - started)
+
+    async def _answer(
+        self, route: str, segments: list[bytes], scope: dict[str, Any], receive: Receive, method: str, path: bytes
+    ) -> Response:
+        allowed = ALLOWED[route]
+        if method not in allowed:
+            return problem(405, f"{method[:20]} is not allowed here; {' and '.join(allowed)} are. {NOTHING}",
+                           allow=", ".join(allowed))  # fmt: skip
+        match route:
+            case "delivered" | "bounced":
+                domain = decoded(segments[1])
+                if isinstance(domain, Response):
+                    return domain
+                return await self._events.one(path, domain, route)
+            case "bulk":
+                return await self._events.bulk(scope, receive)
+            case "domain":
+                domain = decoded(segments[1])
+                return domain if isinstance(domain, Response) else await self._domains.one(path, domain)
+            case "stats":
+                return await self._domains.stats()
+            case "metrics":
+                if not self._settings.metrics.enabled:
+                    raise NotFound
+                return self._metrics.answer(header(scope["headers"], b"accept") or b"")
+            case "readyz":
+                return await readyz(self._here)
+            case _:
+                return HEALTHY
+
+    @property
+    def _here(self) -> Worker:
+        assert self._worker is not None, "requests come after start-up"
+        return self._worker
+
+    # ---- start and stop
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                try:
+                    self._start()
+                except Exception as error:
+                    log.exception("this HTTP worker cannot start")
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                if self._worker is not None:
+                    await self._worker.stop()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    def _start(self) -> None:
+        parent = parent_process()
+        assert parent is not None
+        assert parent.pid is not None
+        die_with_parent(signal.SIGKILL, parent.pid)
+        runtime = read_runtime(Path(os.environ[RUN_VARIABLE]))
+        self._worker = worker = Worker.start(runtime)
+        logs.setup(f"http-{worker.slot.index}", runtime.settings.log)
+        self._settings, self._cells = runtime.settings, worker.slot.cells
+        self._events, self._domains, self._metrics = Events(worker), Domains(worker), Metrics(runtime.page)
+        self._writes, self._gets = self._events.table.young, self._domains.table.young
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(100_000, 50, 100)
+
+
+ALLOWED = {
+    "delivered": ("PUT", "POST"),
+    "bounced": ("PUT", "POST"),
+    "bulk": ("POST",),
+    **dict.fromkeys(("domain", "stats", "metrics", "healthz", "readyz"), ("GET", "HEAD")),
+}
+
+
+def route_of(segments: list[bytes]) -> str:
+    """The name of the route, as in the metrics. Raises NotFound."""
+    match segments:
+        case [b"events", _, b"delivered"]:
+            return "delivered"
+        case [b"events", _, b"bounced"]:
+            return "bounced"
+        case [b"events"]:
+            return "bulk"
+        case [b"domains", b"stats"]:
+            return "stats"
+        case [b"domains", _]:
+            return "domain"
+        case [b"metrics"]:
+            return "metrics"
+        case [b"healthz"]:
+            return "healthz"
+        case [b"readyz"]:
+            return "readyz"
+    raise NotFound
+
+
+def decoded(segment: bytes) -> str | Response:
+    """A path segment percent-decoded, or the answer to one that is not UTF-8."""
+    try:
+        return unquote_to_bytes(segment).decode()
+    except UnicodeDecodeError:
+        return problem(400, f"The name in the path is not UTF-8. {NOTHING}", code="bad_domain")
+
+
+app = App()

@@ -1,0 +1,86 @@
+"""GET /domains: one domain's verdict, and the number of domains of each status."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import msgspec
+
+from catchall.engine import metric_names
+from catchall.engine.rules import BadName, normalise, partition_of, shard_of, status
+from catchall.http.paths import PathTable
+from catchall.http.problems import Response, problem
+from catchall.http.shard_client import ShardClient, ShardUnavailable
+from catchall.http.worker import Worker
+
+JSON_TYPE = (b"content-type", b"application/json")
+SHARD_AWAY = metric_names.cell("catchall_http_refused_total", "shard")
+
+
+class Read(NamedTuple):
+    """What a GET path that was parsed before asks for."""
+
+    name: bytes
+    shard: ShardClient
+
+
+def json_answer(body: bytes, status_code: int = 200) -> Response:
+    headers = [JSON_TYPE, (b"content-length", b"%d" % len(body))]
+    return Response(
+        {"type": "http.response.start", "status": status_code, "headers": headers},
+        {"type": "http.response.body", "body": body},
+    )
+
+
+class Domains:
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._partitions = worker.runtime.manifest.partitions
+        self._threshold = worker.settings.rules.threshold
+        self.table: PathTable[Read] = PathTable(worker.settings.cache.paths)
+
+    async def one(self, raw_path: bytes, domain: str) -> Response:
+        """GET /domains/<domain> for a path that is not in the table."""
+        try:
+            name = normalise(domain)
+        except BadName as bad:
+            return problem(400, f"{bad.detail}.", code=bad.code)
+        shards = self._worker.shards
+        read = Read(name, shards[shard_of(partition_of(name, self._partitions), len(shards))])
+        self.table.put(raw_path, read)
+        return await self.answer(read)
+
+    async def answer(self, read: Read) -> Response:
+        try:
+            delivered, bounced = await read.shard.counts(read.name)
+        except ShardUnavailable as away:
+            return self._away(away)
+        verdict = status(delivered, bounced, self._threshold).encode()
+        # A name in normal form needs no escapes.
+        return json_answer(
+            b'{"domain":"%b","status":"%b","delivered":%d,"bounced":%d}' % (read.name, verdict, delivered, bounced)
+        )
+
+    async def stats(self) -> Response:
+        """Domains by status, over all shards; over all hosts when several share one MongoDB."""
+        try:
+            answers = await asyncio.gather(*(shard.stats() for shard in self._worker.shards))
+        except ShardUnavailable as away:
+            return self._away(away)
+        shared = next((answer[5:] for answer in answers if answer[4]), None)
+        *counts, as_of = shared or [*(sum(column) for column in list(zip(*answers, strict=True))[:3]), min(a[3] for a in answers)]
+        catch_all, not_catch_all, unknown = counts
+        told = {
+            "catch_all": catch_all,
+            "not_catch_all": not_catch_all,
+            "unknown": unknown,
+            "total": catch_all + not_catch_all + unknown,
+            "timestamp": datetime.fromtimestamp(as_of / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        }
+        return json_answer(msgspec.json.encode(told))
+
+    def _away(self, away: ShardUnavailable) -> Response:
+        self._worker.slot.cells[SHARD_AWAY] += 1
+        return problem(503, f"{away}. Ask again.", code="shard_unavailable", retry_after=1)
