@@ -131,7 +131,8 @@ SHARD = (
     Metric("shard", "gauge", "catchall_flush_last_success_timestamp_seconds", "When a flush last committed, or a shard last "
            "had nothing to flush.", scale=NS, merge="each"),
     Metric("shard", "counter", "catchall_queue_bad_lines_total", "Lines in event queues that are no events; each was skipped."),
-    Metric("shard", "counter", "catchall_queue_unverified_bytes_total", "Bytes counted after a power cut that no mark covered."),
+    Metric("shard", "counter", "catchall_queue_unverified_bytes_total",
+           "Bytes that were counted after a power cut and no mark covers."),
     Metric("shard", "counter", "catchall_corrupt_files_total", "Files set aside as *.corrupt. Above 0: see the log, "
            "and README, \"Damage\"."),
     Metric("shard", "counter", "catchall_corrupt_rows_total", "Ledger rows whose check did not match. Above 0: see the log."),

@@ -89,7 +89,9 @@ class Partition:
         path = self._folder / "ledger.db"
         mark = self._folder / "ledger.superseded"
         try:
-            if mark.exists():
+            if not path.exists():
+                mark.unlink(missing_ok=True)  # it was set aside, and a death came before the end of that
+            elif mark.exists():
                 raise LedgerDamaged(f"{path} is older than the copy in MongoDB: {mark.read_text().strip()}")
             return self._ledger(path)
         except LedgerDamaged as damage:

@@ -129,7 +129,7 @@ class Metrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The counters behind GET /metrics."""
 
     enabled: bool = True
-    interval: Interval = 0.1
+    interval: Interval = 1.0
 
 
 class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -140,14 +140,18 @@ class Reads:
         budget = max(1, STATS_NAMES_MAX // max(1, len(self._partitions)))
         total, as_of = Tallies(), now
         for partition in self._partitions.values():
-            found = partition.tallies(budget, now) if partition.catch_up() else (partition.ledger.meta.tallies, partition.cut_at_ns)
+            found: tuple[Tallies, int] | None = partition.ledger.meta.tallies, partition.cut_at_ns
+            if partition.catch_up():
+                found = partition.tallies(budget, now)
             if found is None:
                 return  # a small flush is under way; its end wakes the loop
             total += found[0]
             as_of = min(as_of, found[1])
         shared = self._shared_stats()
         own = (total.catch_all, total.not_catch_all, total.unknown, as_of)
-        of_all = (0,) * 5 if shared is None else (1, shared[0].catch_all, shared[0].not_catch_all, shared[0].unknown, shared[1])
+        of_all = (0, 0, 0, 0, 0)
+        if shared is not None:
+            of_all = (1, shared[0].catch_all, shared[0].not_catch_all, shared[0].unknown, shared[1])
         payload = STATS_ANSWER.pack(*own, *of_all)
         stats, self._stats = self._stats, []
         for request in stats:

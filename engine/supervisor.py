@@ -148,8 +148,8 @@ class Supervisor:
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         log.info("catchall %s listens on http://%s:%d", version("catchall"), host, config.server.port)
         log.info("storage %s, data folder %s, fsync %s", config.storage.kind, self.data_dir.resolve(), config.data.fsync)
-        log.info("%d shards for %d partitions, %d HTTP workers, catch-all above %d delivered",
-                 config.shards.workers, self.manifest.partitions, config.server.http_workers, config.rules.threshold)  # fmt: skip
+        sizes = config.shards.workers, self.manifest.partitions, config.server.http_workers
+        log.info("%d shards for %d partitions, %d HTTP workers, catch-all above %d delivered", *sizes, config.rules.threshold)
 
     # ---- stop
 

@@ -51,7 +51,7 @@ async def read_body(receive: Receive, declared: int | None, bytes_max: int, time
             raise BodyStalled from None
         if message["type"] == "http.disconnect":
             raise ClientGone
-        chunk = message.get("body", b"")
+        chunk: bytes = message.get("body", b"")
         size += len(chunk)
         if size > bytes_max:
             raise BodyTooLarge

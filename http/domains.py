@@ -70,8 +70,11 @@ class Domains:
         except ShardUnavailable as away:
             return self._away(away)
         shared = next((answer[5:] for answer in answers if answer[4]), None)
-        *counts, as_of = shared or [*(sum(column) for column in list(zip(*answers, strict=True))[:3]), min(a[3] for a in answers)]
-        catch_all, not_catch_all, unknown = counts
+        if shared is None:
+            catch_all, not_catch_all, unknown = (sum(answer[i] for answer in answers) for i in range(3))
+            as_of = min(answer[3] for answer in answers)
+        else:
+            catch_all, not_catch_all, unknown, as_of = shared
         told = {
             "catch_all": catch_all,
             "not_catch_all": not_catch_all,

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,8 +68,7 @@ class ShardClient(asyncio.Protocol):
         self._names, self._futures = [], []
         for at in range(0, len(names), NAMES_PER_FRAME):
             some = futures[at : at + NAMES_PER_FRAME]
-            payload = b"\n".join(names[at : at + NAMES_PER_FRAME])
-            self._ask(COUNTS, payload, lambda answer, some=some: _take_counts(answer, some), some)
+            self._ask(COUNTS, b"\n".join(names[at : at + NAMES_PER_FRAME]), partial(_take_counts, some), some)
 
     def stats(self) -> asyncio.Future[tuple[int, ...]]:
         """The fields of STATS_ANSWER. Raises ShardUnavailable."""
@@ -165,7 +165,7 @@ class ShardClient(asyncio.Protocol):
         self._address.close()
 
 
-def _take_counts(answer: bytes, futures: list[asyncio.Future[tuple[int, int]]]) -> None:
+def _take_counts(futures: list[asyncio.Future[tuple[int, int]]], answer: bytes) -> None:
     for future, counts in zip(futures, COUNT_PAIR.iter_unpack(answer), strict=True):
         if not future.done():
             future.set_result(counts)

@@ -140,8 +140,8 @@ class Ledger:
         run("update meta set opened = opened + 1")
         run("commit")
         row = run(
-            "select format, host, partition, partitions, component, flush, pushed, threshold, catch_all, not_catch_all, unknown "
-            "from meta"
+            "select format, host, partition, partitions, component, flush, pushed, threshold, "
+            "catch_all, not_catch_all, unknown from meta"
         ).fetchone()
         if row[:4] != (FORMAT, host, partition, partitions):
             raise LedgerDamaged(
