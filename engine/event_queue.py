@@ -38,7 +38,7 @@ CLOCK_ROOM = 16  # bytes that a clock line may take before the lines of an appen
 class OpenSegment:
     """A segment that this process writes. It holds the file's lock for as long as the descriptor is open."""
 
-    __slots__ = ("_crc", "_crc_at", "_marks", "_marking", "end", "fd", "map", "path", "synced", "words")
+    __slots__ = ("_crc", "_crc_at", "_marking", "_marks", "end", "fd", "map", "path", "synced", "words")
 
     def __init__(self, path: str, fd: int, payload_size: int) -> None:
         self.path, self.fd = path, fd

@@ -273,7 +273,7 @@ class RecentRows:
                 self._rows -= len(self._flushes.pop(0)[1])
 
     def take(self, after: int) -> tuple[list[Row], set[str], int] | None:
-        """All rows written since flush `after`: the latest of each name, sorted, the names new in them, the last flush's number.
+        """All rows since flush `after`: the latest of each name, sorted; the names new in them; the last flush's number.
 
         None: not all of them are held. What is returned, and what is older, is no longer held.
         """
