@@ -1,16 +1,17 @@
 """What other hosts counted, for reads under storage `mongodb`: asked of MongoDB in batches, kept for the cache's time to live.
 
 A domain that has a bounce anywhere is not-catch-all for good, so its figures are never asked for again. While MongoDB is away,
-what was last known is served: this host's own counts do not depend on it.
+what was last known is served at once, and one question a second finds out whether it is back: this host's own counts do not
+depend on it, and a read waits for it at most ANSWER_S.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from catchall.engine.logs import BadState
 from catchall.storage.counts import pack
@@ -19,7 +20,8 @@ from catchall.storage.mongodb import MongoCopy, MongoError, MongoOptions
 log = logging.getLogger("catchall.others")
 
 _FOR_GOOD = float("inf")
-RETRY_S = 1.0  # how long an unanswered question is not asked again
+RETRY_S = 1.0  # while MongoDB is away, one question is asked so often
+ANSWER_S = 2.0  # a read waits no longer than this for a server that is there, half of it for one that is not
 
 
 class Others:
@@ -30,20 +32,30 @@ class Others:
     """
 
     def __init__(self, options: MongoOptions, *, ttl_s: float, names_max: int, answered: Callable[[], None]) -> None:
-        self._copy = MongoCopy(options)
+        self._copy = MongoCopy(
+            replace(
+                options,
+                server_selection_timeout=min(options.server_selection_timeout, ANSWER_S / 2),
+                socket_timeout=min(options.socket_timeout, ANSWER_S),
+            )
+        )
+        self._probed = 0.0
         self._ttl_s, self._half, self._answered = ttl_s, max(1, names_max // 2), answered
         self._young: dict[str, tuple[float, int]] = {}  # name -> (good until, packed)
         self._old: dict[str, tuple[float, int]] = {}
-        self._lock = threading.Lock()
         self._asking = ThreadPoolExecutor(1, "ask-mongodb")
         self._away = BadState(log)
 
     def get(self, name: str, own_bounced: bool) -> int | None:
         """The packed counts, if they are known and still good. `own_bounced`: the verdict is final, any age will do."""
         entry = self._young.get(name) or self._old.get(name)
-        if entry is None or (entry[0] < time.monotonic() and not own_bounced):
-            return None
-        return entry[1]
+        now = time.monotonic()
+        if entry is not None and (entry[0] >= now or own_bounced):
+            return entry[1]
+        if self._away.lasts and now < self._probed + RETRY_S:
+            return 0 if entry is None else entry[1]
+        self._probed = now
+        return None
 
     def ask(self, names: Mapping[str, str]) -> dict[str, int]:
         """Start to ask for {name: own component}; the result is filled before `answered` is called."""
@@ -57,7 +69,7 @@ class Others:
             found = self._copy.others(list(names), names.__getitem__)
         except MongoError as error:
             self._away.enter(f"reads show this host's counts and the last known ones of others: {error}", now)
-            self._keep({n: (now + RETRY_S, (self._young.get(n) or self._old.get(n) or (0, 0))[1]) for n in names}, result)
+            result.update({name: (self._young.get(name) or self._old.get(name) or (0, 0))[1] for name in names})
         else:
             self._away.leave("reads show the counts of all hosts again", now)
             fresh = {}
@@ -68,10 +80,10 @@ class Others:
         self._answered()
 
     def _keep(self, entries: dict[str, tuple[float, int]], result: dict[str, int]) -> None:
-        with self._lock:
-            if len(self._young) + len(entries) > self._half:
-                self._old, self._young = self._young, {}
-            self._young.update(entries)
+        """Only ever in the one asking thread; the loop reads."""
+        if len(self._young) + len(entries) > self._half:
+            self._old, self._young = self._young, {}
+        self._young.update(entries)
         result.update({name: packed for name, (_, packed) in entries.items()})
 
     def close(self) -> None:

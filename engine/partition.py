@@ -30,6 +30,7 @@ from catchall.storage.ledger import Ledger, LedgerDamaged, Position, Tallies
 
 log = logging.getLogger("catchall.partition")
 
+CATCH_UP_BYTES = 1 << 20  # drained for a read before it is looked at what is left
 RECENT_ROWS_MAX = 100_000  # rows of past flushes kept for the push; beyond, the push reads the ledger
 RECENT_FLUSHES_MAX = 1000
 
@@ -153,12 +154,14 @@ class Partition:
         return self.reader.drain(self.pending, bytes_max)
 
     def catch_up(self) -> bool:
-        """Discover, and drain all that is published now. False: not yet, a flush has to make room first."""
+        """Discover, and drain what is published now. False: not yet, a flush has to make room first."""
         self.reader.discover()
-        while self.drain(1 << 20):
-            if self.reader.backlog == 0:
-                return True
-        return self.reader.backlog == 0
+        behind = self.reader.unread()
+        while behind:
+            if not self.drain(CATCH_UP_BYTES):
+                return False
+            behind = [(found, limit) for found, limit in behind if found.consumed < limit]
+        return True
 
     # ---- read
 

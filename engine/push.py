@@ -92,7 +92,7 @@ class Pusher(threading.Thread):
         self._partitions, self._mongodb, self._threshold, self._slot = partitions, mongodb, threshold, slot
         self._first = first
         self._wake = threading.Event()
-        self._stop = False
+        self._stopping = False
         self._from_zero: set[int] = set()
         self._away = BadState(log)
         self._contested = BadState(log)
@@ -101,7 +101,7 @@ class Pusher(threading.Thread):
 
     def stop(self, timeout_s: float) -> None:
         """Push what is left, for at most `timeout_s`. What remains is pushed at the next start."""
-        self._stop = True
+        self._stopping = True
         self._wake.set()
         self.join(timeout_s)
 
@@ -112,7 +112,7 @@ class Pusher(threading.Thread):
         stats_at = 0.0
         last = False
         while not last:
-            last = self._stop
+            last = self._stopping
             try:
                 if self._first and not view_made:
                     self._make_view(copy)

@@ -92,6 +92,7 @@ class Shard:
         self._discovered = self._gauged = 0.0
         self._sleep = SLEEP_MIN_S
         self._turn = 0
+        self._check_writers = True  # even queues in which nothing new is published are to be looked at once
 
     def _on_term(self, *_: object) -> None:
         self._stopping = True
@@ -195,6 +196,7 @@ class Shard:
             self._begin_flush(now)
         if now - self._gauged >= self._settings.metrics.interval:
             self._gauged = now
+            self._check_writers = True
             self._set_gauges()
             if self._pusher is not None and self._pusher.superseded is not None:
                 self._supersede(self._pusher.superseded)
@@ -218,9 +220,12 @@ class Shard:
         self._turn += 1
         count = len(self._partitions)
         for i in range(count):
-            took += self._partitions[(i + self._turn) % count].drain(TURN_BYTES - took)
-            if took >= TURN_BYTES:
-                break
+            partition = self._partitions[(i + self._turn) % count]
+            if self._check_writers or partition.reader.unread():
+                took += partition.drain(TURN_BYTES - took)
+                if took >= TURN_BYTES:
+                    return took
+        self._check_writers = False
         return took
 
     # ---- flush

@@ -4,7 +4,7 @@ Start       lock the data folder, refuse a port in use, read or make the manifes
             shards and the HTTP front (Granian's parent, which starts the HTTP workers), say when all are ready
 Watch       a child that ends is started again, after a back-off that grows to 5 s while it keeps ending young
 Stop        SIGTERM or SIGINT: the HTTP front finishes what is in flight and ends; the shards drain, flush and end; exit 0.
-            A second one does not wait for requests in flight. What had to be killed makes exit 1; nothing is lost by it.
+            A second one does not wait for requests in flight. What had to be killed or failed makes exit 1; nothing is lost by it.
 
 Signals only set flags; the loop acts. Children live in process groups of their own, so that Ctrl-C reaches the supervisor
 alone, and get a signal from the kernel should it die.
@@ -67,7 +67,7 @@ class Supervisor:
     page: MetricsPage
     children: list[Child]
     stops: int = 0  # how often a stop was asked for
-    killed: bool = False
+    failed: bool = False  # a child had to be killed, or ended in an error, while stopping
     _wake: tuple[int, int] = (-1, -1)
     _poll: select.poll = field(default_factory=select.poll)
 
@@ -118,6 +118,9 @@ class Supervisor:
         os.close(child.pidfd)
         child.process = None
         if self.stops:
+            if process.returncode > 0:
+                log.error("%s ended %s while stopping; nothing acknowledged is lost", child.name, ending(process.returncode))
+                self.failed = True
             return
         lived = time.monotonic() - child.started
         child.pause = 0.0 if lived >= LIVED_LONG_S else min(RESTART_PAUSE_MAX_S, max(0.1, child.pause * 2))
@@ -159,7 +162,7 @@ class Supervisor:
         for kind in ("http", "shard"):
             self._stop_children([child for child in self.children if child.kind == kind], timeout)
         log.info("stopped")
-        return 1 if self.killed else 0
+        return 1 if self.failed else 0
 
     def _stop_children(self, children: list[Child], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s + 5
@@ -174,7 +177,7 @@ class Supervisor:
                     if child.process is not None:
                         log.warning("%s did not end in time and is killed; nothing acknowledged is lost", child.name)
                         os.killpg(child.process.pid, signal.SIGKILL)
-                        self.killed |= not hurried
+                        self.failed |= not hurried
                 deadline = time.monotonic() + timeout_s
                 stops = self.stops
             self._wait(max(0.0, deadline - time.monotonic()))

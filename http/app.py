@@ -27,11 +27,12 @@ from urllib.parse import unquote_to_bytes
 from catchall.engine import logs, metric_names
 from catchall.engine.process import RUN_VARIABLE, die_with_parent, read_runtime
 from catchall.http.body import ClientGone, Receive, header
-from catchall.http.domains import Domains
+from catchall.http.domains import VERDICT_START, Domains, verdict
 from catchall.http.events import NOTHING, OK_EMPTY, SIGNS, Events
 from catchall.http.health import HEALTHY, readyz
 from catchall.http.metrics import DURATION, Metrics
 from catchall.http.problems import Response, problem
+from catchall.http.shard_client import ShardUnavailable
 from catchall.http.worker import Worker
 
 log = logging.getLogger("catchall.http")
@@ -86,15 +87,23 @@ class App:
         elif method == "GET":
             read = self._gets.get(path)
             if read is not None:
+                name, shard = read
                 cells = self._cells
                 sampled = cells[DOMAIN_200] % SAMPLE == 0
                 started = perf_counter_ns() if sampled else 0
-                response = await self._domains.answer(read)
-                cells[REQUESTS["domain", response.start["status"]]] += 1
-                await send(response.start)
-                await send(response.body)
-                if sampled:
-                    LATENCY["domain"].observe(cells, perf_counter_ns() - started, SAMPLE)
+                try:
+                    delivered, bounced = await shard.counts(name)
+                except ShardUnavailable as away:
+                    response = self._domains.away(away)
+                    cells[REQUESTS["domain", 503]] += 1
+                    await send(response.start)
+                    await send(response.body)
+                else:
+                    cells[DOMAIN_200] += 1
+                    await send(VERDICT_START)
+                    await send(verdict(name, delivered, bounced, self._threshold))
+                    if sampled:
+                        LATENCY["domain"].observe(cells, perf_counter_ns() - started, SAMPLE)
                 return
         await self._any(scope, receive, send, method, path)
 
@@ -106,8 +115,9 @@ class App:
             segments = path.split(b"/")[1:]
             route = route_of(segments)
             response = await self._answer(route, segments, scope, receive, method, path)
-        except ClientGone:
-            return
+        except ClientGone:  # or its chunks are malformed; the server does not tell which, so it is answered all the same
+            response = problem(400, f"The body ended before it was complete, or its chunks are malformed. {NOTHING}",
+                               code="bad_body", close=True)  # fmt: skip
         except NotFound:
             response = problem(404, f"There is nothing at this path. {NOTHING} Events go to PUT /events/<domain>/delivered or "
                                "/bounced and to POST /events; verdicts are at GET /domains/<domain>.")  # fmt: skip
@@ -184,6 +194,7 @@ class App:
         self._worker = worker = Worker.start(runtime)
         logs.setup(f"http-{worker.slot.index}", runtime.settings.log)
         self._settings, self._cells = runtime.settings, worker.slot.cells
+        self._threshold = runtime.settings.rules.threshold
         self._events, self._domains, self._metrics = Events(worker), Domains(worker), Metrics(runtime.page)
         self._writes, self._gets = self._events.table.young, self._domains.table.young
         gc.collect()

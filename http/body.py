@@ -20,7 +20,7 @@ class BodyStalled(Exception):
 
 
 class ClientGone(Exception):
-    """The connection was closed before the body was complete: there is nobody to answer."""
+    """The body ended before it was complete: the connection was closed, or its chunks are malformed."""
 
 
 def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:

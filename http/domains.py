@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -17,6 +17,10 @@ from catchall.http.worker import Worker
 
 JSON_TYPE = (b"content-type", b"application/json")
 SHARD_AWAY = metric_names.cell("catchall_http_refused_total", "shard")
+
+
+# The server adds the content length.
+VERDICT_START = {"type": "http.response.start", "status": 200, "headers": [JSON_TYPE]}
 
 
 class Read(NamedTuple):
@@ -32,6 +36,13 @@ def json_answer(body: bytes, status_code: int = 200) -> Response:
         {"type": "http.response.start", "status": status_code, "headers": headers},
         {"type": "http.response.body", "body": body},
     )
+
+
+def verdict(name: bytes, delivered: int, bounced: int, threshold: int) -> dict[str, Any]:
+    """The body of the answer about one domain. A name in normal form needs no escapes."""
+    told = status(delivered, bounced, threshold).encode()
+    body = b'{"domain":"%b","status":"%b","delivered":%d,"bounced":%d}' % (name, told, delivered, bounced)
+    return {"type": "http.response.body", "body": body}
 
 
 class Domains:
@@ -50,25 +61,18 @@ class Domains:
         shards = self._worker.shards
         read = Read(name, shards[shard_of(partition_of(name, self._partitions), len(shards))])
         self.table.put(raw_path, read)
-        return await self.answer(read)
-
-    async def answer(self, read: Read) -> Response:
         try:
-            delivered, bounced = await read.shard.counts(read.name)
+            delivered, bounced = await read.shard.counts(name)
         except ShardUnavailable as away:
-            return self._away(away)
-        verdict = status(delivered, bounced, self._threshold).encode()
-        # A name in normal form needs no escapes.
-        return json_answer(
-            b'{"domain":"%b","status":"%b","delivered":%d,"bounced":%d}' % (read.name, verdict, delivered, bounced)
-        )
+            return self.away(away)
+        return Response(VERDICT_START, verdict(name, delivered, bounced, self._threshold))
 
     async def stats(self) -> Response:
         """Domains by status, over all shards; over all hosts when several share one MongoDB."""
         try:
             answers = await asyncio.gather(*(shard.stats() for shard in self._worker.shards))
         except ShardUnavailable as away:
-            return self._away(away)
+            return self.away(away)
         shared = next((answer[5:] for answer in answers if answer[4]), None)
         if shared is None:
             catch_all, not_catch_all, unknown = (sum(answer[i] for answer in answers) for i in range(3))
@@ -84,6 +88,6 @@ class Domains:
         }
         return json_answer(msgspec.json.encode(told))
 
-    def _away(self, away: ShardUnavailable) -> Response:
+    def away(self, away: ShardUnavailable) -> Response:
         self._worker.slot.cells[SHARD_AWAY] += 1
         return problem(503, f"{away}. Ask again.", code="shard_unavailable", retry_after=1)

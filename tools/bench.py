@@ -252,7 +252,7 @@ def _read_ours(context: Any, events: int) -> float:
         reader = QueueReader(folder, partition=0, boot_id=boot_id(), host_id=bytes(16), positions={}, disk=DISK)
         pending = Pending()
         started = None
-        while sum(divmod_counts(pending)) < events:
+        while sum(counted(pending)) < events:
             reader.discover()
             if reader.drain(pending, 1 << 20) and started is None:
                 started = time.perf_counter()
@@ -263,7 +263,7 @@ def _read_ours(context: Any, events: int) -> float:
         return events / elapsed
 
 
-def divmod_counts(pending: Pending) -> tuple[int, int]:
+def counted(pending: Pending) -> tuple[int, int]:
     deltas, _ = pending.fold()
     return sum(delta.delivered for delta in deltas.values()), sum(delta.bounced for delta in deltas.values())
 
