@@ -5,7 +5,7 @@ Shape       Settings holds one struct a section, each field of which is a settin
 Flow        settings_sources.load lays flags over the environment over a file over the defaults below, and resolves what is
             "auto". The supervisor hands the result to its children as JSON: to_json and from_json.
 Invariants  1 a loaded Settings passed every bound below and every row of AT_MOST
-            2 a loaded Settings has no 0 left in shards.workers and server.http_workers (a bare Settings() has)
+            2 a loaded Settings has no 0 left in shards.workers, server.http_workers and data.backlog_max (a bare one has)
             3 a value is never printed with a password in it: see masked
 """
 
@@ -18,6 +18,7 @@ from catchall.engine.settings_values import MAX_INT, count, mask, seconds, size,
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 HOUR = 3600.0
+SEGMENTS_A_QUEUE = 4  # that data.backlog_max has room for, unless it was given
 
 PathText = Annotated[str, text("a path")]
 Port = Annotated[int, count(1, 65535)]
@@ -65,7 +66,7 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     segment_size: Annotated[int, size(64 * KIB, GIB)] = 4 * MIB
     fsync: Literal["interval", "always", "never"] = "interval"
     fsync_interval: Interval = 1.0
-    backlog_max: Annotated[int, size(64 * KIB, MAX_INT)] = 2 * GIB
+    backlog_max: Bytes = 0
     min_free_space: Bytes = 256 * MIB
     hold: Wait = 1.0
     reserve: Bytes = 64 * MIB
@@ -163,17 +164,20 @@ AT_MOST = (
 
 
 def resolve(settings: Settings, cpus: int) -> Settings:
-    """The same settings with concrete numbers of processes, for `cpus` CPUs that this service may use.
+    """The same settings with concrete sizes, for `cpus` CPUs that this service may use.
 
     Half of the CPUs count (never more shards than partitions), the rest answer HTTP; at least one of each. A number that was
-    given stays as it is.
+    given stays as it is. Event queues may take 2 GiB, or room for a few segments each where there are many of them.
     """
     shards = settings.shards.workers or max(1, min(cpus // 2, settings.data.partitions))
     http = settings.server.http_workers or max(1, cpus - shards)
+    data = settings.data
+    backlog_max = data.backlog_max or max(2 * GIB, SEGMENTS_A_QUEUE * http * data.partitions * data.segment_size)
     return msgspec.structs.replace(
         settings,
         server=msgspec.structs.replace(settings.server, http_workers=http),
         shards=msgspec.structs.replace(settings.shards, workers=shards),
+        data=msgspec.structs.replace(data, backlog_max=backlog_max),
     )
 
 

@@ -16,6 +16,7 @@ Exit 1      after an error whose outcome is unknown: the next start recovers.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import select
@@ -335,8 +336,10 @@ class Shard:
         if self._pusher is not None:
             self._pusher.stop(min(5.0, self._settings.server.shutdown_timeout))
         left = sum(partition.reader.backlog for partition in self._partitions)
-        if not idle or left:
-            log.warning("stopped with %d bytes not flushed; they are kept and counted at the next start", left)
+        names = sum(partition.pending.names for partition in self._partitions)
+        if not idle or left or names:
+            log.warning("stopped with %d bytes not read and %d names not flushed; their queues are kept, and the next start "
+                        "counts them", left, names)  # fmt: skip
         self._sockets.close()
         self._flusher.shutdown()
         for partition in self._partitions:
@@ -349,7 +352,12 @@ def main() -> None:
     sys.setswitchinterval(0.001)
     runtime = read_runtime(run_folder)
     logs.setup(f"shard-{number}", runtime.settings.log)
-    Shard(runtime, number).run()
+    shard = Shard(runtime, number)
+    # Hardly anything here lives in cycles, and collections over the rows of a large flush would hold up every read.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    shard.run()
 
 
 if __name__ == "__main__":
