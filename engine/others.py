@@ -1,8 +1,8 @@
 """What other hosts counted, for reads under storage `mongodb`: asked of MongoDB in batches, kept for the cache's time to live.
 
-A domain that has a bounce anywhere is not-catch-all for good, so its figures are never asked for again. While MongoDB is away,
-what was last known is served at once, and one question a second finds out whether it is back: this host's own counts do not
-depend on it, and a read waits for it at most ANSWER_S.
+A domain with a bounce is not-catch-all for good, but its counts still grow, so it is asked for like any other. While MongoDB
+is away, what was last known is served at once, and one question a second finds out whether it is back: this host's own counts do
+not depend on it, and a read waits for it at most ANSWER_S.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from catchall.storage.mongodb import MongoCopy, MongoError, MongoOptions
 
 log = logging.getLogger("catchall.others")
 
-_FOR_GOOD = float("inf")
 RETRY_S = 1.0  # while MongoDB is away, one question is asked so often
 ANSWER_S = 2.0  # a read waits no longer than this for a server that is there, half of it for one that is not
 
@@ -46,11 +45,11 @@ class Others:
         self._asking = ThreadPoolExecutor(1, "ask-mongodb")
         self._away = BadState(log)
 
-    def get(self, name: str, own_bounced: bool) -> int | None:
-        """The packed counts, if they are known and still good. `own_bounced`: the verdict is final, any age will do."""
+    def get(self, name: str) -> int | None:
+        """The packed counts, if they are known and still good, or MongoDB is away; None: ask."""
         entry = self._young.get(name) or self._old.get(name)
         now = time.monotonic()
-        if entry is not None and (entry[0] >= now or own_bounced):
+        if entry is not None and entry[0] >= now:
             return entry[1]
         if self._away.lasts and now < self._probed + RETRY_S:
             return 0 if entry is None else entry[1]
@@ -74,8 +73,7 @@ class Others:
             self._away.leave("reads show the counts of all hosts again", now)
             fresh = {}
             for name in names:
-                delivered, bounced = found.get(name, (0, 0))
-                fresh[name] = (_FOR_GOOD if bounced else now + self._ttl_s, pack(delivered, bounced))
+                fresh[name] = (now + self._ttl_s, pack(*found.get(name, (0, 0))))
             self._keep(fresh, result)
         self._answered()
 

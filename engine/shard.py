@@ -203,7 +203,7 @@ class Shard:
                 self._supersede(self._pusher.superseded)
         if took >= TURN_BYTES or self._reads.again:
             self._sleep = 0.0
-        elif took or events:
+        elif took or events or self._reads.waiting:
             self._sleep = SLEEP_MIN_S
         else:
             self._sleep = min(SLEEP_MAX_S, max(SLEEP_MIN_S, self._sleep * SLEEP_GROWTH))

@@ -123,7 +123,7 @@ class Reads:
         for i, (name, number) in enumerate(zip(question.names, question.numbers, strict=True)):
             packed = asked.get(name)
             if packed is None:
-                packed = self._others.get(name, own_bounced=counts[i] > DELIVERED_MASK)
+                packed = self._others.get(name)
             if packed is None:
                 unknown[name] = self._partitions[number].ledger.meta.component
             else:
@@ -144,7 +144,7 @@ class Reads:
             if partition.catch_up():
                 found = partition.tallies(budget, now)
             if found is None:
-                return  # a small flush is under way; its end wakes the loop
+                return  # a small flush has just begun: a matter of milliseconds
             total += found[0]
             as_of = min(as_of, found[1])
         shared = self._shared_stats()

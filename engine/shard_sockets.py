@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -131,5 +132,6 @@ class Sockets:
         for connection in list(self._connections.values()):
             self._close(connection)
         self._listener.close()
-        os.unlink(self._address.path)
+        with contextlib.suppress(FileNotFoundError):  # a new supervisor has made the folder anew
+            os.unlink(self._address.path)
         self._address.close()

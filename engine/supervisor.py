@@ -4,7 +4,7 @@ Start       lock the data folder, refuse a port in use, read or make the manifes
             shards and the HTTP front (Granian's parent, which starts the HTTP workers), say when all are ready
 Watch       a child that ends is started again, after a back-off that grows to 5 s while it keeps ending young
 Stop        SIGTERM or SIGINT: the HTTP front finishes what is in flight and ends; the shards drain, flush and end; exit 0.
-            A second one does not wait for requests in flight. What had to be killed or failed makes exit 1; nothing is lost by it.
+            A second one does not wait for requests in flight. What failed or had to be killed makes exit 1; nothing is lost.
 
 Signals only set flags; the loop acts. Children live in process groups of their own, so that Ctrl-C reaches the supervisor
 alone, and get a signal from the kernel should it die.
