@@ -1,8 +1,8 @@
 """What other hosts counted, for reads under storage `mongodb`: asked of MongoDB in batches, kept for the cache's time to live.
 
 A domain with a bounce is not-catch-all for good, but its counts still grow, so it is asked for like any other. While MongoDB
-is away, what was last known is served at once, and one question a second finds out whether it is back: this host's own counts do
-not depend on it, and a read waits for it at most ANSWER_S.
+is away, what was last known is served at once, and one question a second finds out whether it is back: this host's own counts
+do not depend on it, and a read waits for it at most ANSWER_S.
 """
 
 from __future__ import annotations

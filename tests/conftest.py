@@ -1,12 +1,13 @@
 """Fixtures of all tests: MongoDB servers (mongod.py) and services (service.py)."""
 
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from mongod import connect_copy, mongo, mongo_database, own_mongo, own_standalone  # noqa: F401
-from service import Service
+from service import HTTP_LIMITS, Client, Service
 
 
 @pytest.fixture
@@ -19,3 +20,21 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Service]]:
             return stack.enter_context(Service(tmp_path / name, *flags))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that the tests of an xdist worker share, each with domains of its own. Do not stop it."""
+    with Service(tmp_path_factory.mktemp("http"), "--workers", "2", "--http-workers", "2", *HTTP_LIMITS) as running:
+        yield running
+
+
+@pytest.fixture
+def client(service: Service) -> Client:
+    return service.client()
+
+
+@pytest.fixture
+def domain() -> str:
+    """A domain that no other test uses."""
+    return f"d{uuid.uuid4().hex}.example"

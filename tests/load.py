@@ -6,6 +6,7 @@
 
 A request is acknowledged (200), refused (an answer that says nothing was recorded, or no connection), or ambiguous: no answer,
 or one that says its events may count. Nothing is sent twice. Counts must lie between acknowledged and acknowledged + ambiguous.
+Meanwhile the threads read too: what was acknowledged before a read was sent must be in its answer.
 """
 
 from __future__ import annotations
@@ -21,21 +22,24 @@ Key = tuple[str, str]  # domain, kind
 THREADS = 3
 NAMES = 60
 BULK_EVENTS_MAX = 40
+READ_SHARE = 0.2
 PAUSE_S = 0.002  # between requests: what is drilled needs the processors too
 PAUSE_FAILED_S = 0.02
 
 
 class Load:
-    def __init__(self, service: Service, *, prefix: str = "load", seed: int = 1) -> None:
-        self._service = service
-        self.names = [f"{prefix}-{number}.example" for number in range(NAMES)]
+    """reads: False where they would wait, and so hold up the writes of their thread."""
+
+    def __init__(self, service: Service, *, reads: bool = True) -> None:
+        self._service, self._reads = service, reads
+        self.names = [f"load-{number}.example" for number in range(NAMES)]
         self.acknowledged: Counter[Key] = Counter()
         self.ambiguous: Counter[Key] = Counter()
         self.requests: Counter[str] = Counter()  # by outcome
-        self._strange: list[str] = []
+        self._strange: list[str] = []  # answers that must not be
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(random.Random(seed * 100 + n),)) for n in range(THREADS)]
+        self._threads = [threading.Thread(target=self._run, args=(random.Random(n),)) for n in range(THREADS)]
 
     def __enter__(self) -> Load:
         for thread in self._threads:
@@ -66,6 +70,8 @@ class Load:
                     self.acknowledged.update(events)
                 elif outcome == "ambiguous":
                     self.ambiguous.update(events)
+            if self._reads and chance.random() < READ_SHARE:
+                self._read(client, chance.choice(self.names))
             self._stop.wait(PAUSE_S if outcome == "acknowledged" else PAUSE_FAILED_S)
 
     def _send(self, client: Client, events: list[Key]) -> str:
@@ -85,6 +91,20 @@ class Load:
             return "refused" if b"Nothing was recorded." in answer.body else "ambiguous"
         self._strange.append(f"{answer.status} {answer.body!r}")
         return "ambiguous"
+
+    def _read(self, client: Client, name: str) -> None:
+        with self._lock:
+            least = tuple(self.acknowledged[name, kind] for kind in KINDS)
+        try:
+            answer = client.request("GET", f"/domains/{name}")
+        except (NotSent, OSError):
+            return
+        if answer.status == 200:
+            found = answer.json
+            if found["delivered"] < least[0] or found["bounced"] < least[1]:
+                self._strange.append(f"{least} were acknowledged before {found} was asked for")
+        elif answer.status != 503:
+            self._strange.append(f"{answer.status} {answer.body!r}")
 
     def compare(self, client: Client) -> None:
         """Assert that every domain's counts are what the answers promised."""

@@ -31,6 +31,12 @@ POLL_S = 0.02
 WITHIN_S = 60.0  # what takes longer has failed
 KINDS = ("delivered", "bounced")
 SMALL = ("--set", "data.reserve=0", "--set", "data.min_free_space=0", "--set", "data.segment_size=64KiB")
+BODY_MAX, EVENTS_MAX = 64 << 10, 500  # of the service that tests share
+HTTP_LIMITS = ("--set", "limits.body=64KiB", "--set", f"limits.events={EVENTS_MAX}", "--set", "server.read_timeout=500ms")
+MARKS = {"shard": "catchall.engine.shard", "front": "catchall.http.front", "http": "--multiprocessing-fork"}  # by role
+NDJSON = {"content-type": "application/x-ndjson"}
+CHUNKED = b"POST /events HTTP/1.1\r\nhost: t\r\ncontent-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n"
+WITH_LENGTH = CHUNKED.replace(b"transfer-encoding: chunked", b"content-length: %d")
 OURS = ("CATCHALL_", "SERVER_", "MONGODB_", "DELIVERED_")  # environment variables that the service reads
 
 
@@ -42,6 +48,16 @@ def eventually(what: str, ask: Callable[[], Any], within_s: float = WITHIN_S) ->
             raise TimeoutError(f"{what}: not within {within_s:.0f} s")
         time.sleep(POLL_S)
     return answer
+
+
+def event(domain: str, kind: str = "delivered", **more: object) -> bytes:
+    """One line of a bulk request."""
+    return json.dumps({"domain": domain, "type": kind, **more}).encode() + b"\n"
+
+
+def chunks(*parts: bytes, end: bool = True) -> bytes:
+    """The parts in the framing of a chunked body; the last chunk too, if it ends here."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (*parts, *([b""] if end else [])))
 
 
 class NotSent(Exception):
@@ -151,7 +167,7 @@ class Client:
 
     def bulk(self, *events: Mapping[str, object]) -> Answer:
         body = b"".join(json.dumps(event).encode() + b"\n" for event in events)
-        return self.request("POST", "/events", body, {"content-type": "application/x-ndjson"})
+        return self.request("POST", "/events", body, NDJSON)
 
     def count(self, domain: str, delivered: int = 0, bounced: int = 0) -> None:
         """Have so many events recorded."""
@@ -201,20 +217,22 @@ class Service:
     # ---- life
 
     def start(self) -> Service:
+        """Start it, and wait until it is ready."""
         for _ in range(3):
-            self._spawn()
+            self.spawn()
             eventually("the service is ready", self._is_ready)
             if self._process is not None:
                 return self
             self.port = free_port()
         raise RuntimeError(f"the service does not start:\n{self.log}")
 
-    def _spawn(self) -> None:
+    def spawn(self) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-        serve = [sys.executable, "-m", "catchall.tools.cli", "serve", "--port", str(self.port), "--data-dir", str(self.data_dir)]
+        serve = [sys.executable, "-m", "catchall.tools.cli", "serve", *SMALL, *self.flags]
+        serve += ["--port", str(self.port), "--data-dir", str(self.data_dir)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-E", "-c", DIE_WITH_PARENT, str(os.getpid()), *serve, *SMALL, *self.flags],
+                [sys.executable, "-S", "-E", "-c", DIE_WITH_PARENT, str(os.getpid()), *serve],
                 env=clean, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
@@ -247,13 +265,14 @@ class Service:
         flags = list(self.flags)
         return int(flags[flags.index("--http-workers") + 1]) if "--http-workers" in flags else 1
 
-    def stop(self) -> None:
-        """SIGTERM; asserts that it ends well and leaves no process behind."""
+    def stop(self, how: signal.Signals | None = signal.SIGTERM, code: int = 0) -> None:
+        """Send a signal to the supervisor (None: it has one already); asserts its exit code and that no process is left."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
-        code = self._process.wait(WITHIN_S)
+        if how is not None:
+            self._process.send_signal(how)
+        found = self._process.wait(WITHIN_S)
         self._process = None
-        assert code == 0, self.log
+        assert found == code, self.log
         assert not self._children()
 
     def restart(self, *flags: str) -> None:
@@ -272,6 +291,7 @@ class Service:
             self._process = None
         eventually("the children are gone", lambda: not [_kill(child) for child in self._children()])
         print(f"log of the service on port {self.port}:\n{self.log[-6000:]}")  # pytest shows it when the test failed
+        assert "Traceback" not in self.log, self.log
 
     @property
     def log(self) -> str:
@@ -287,10 +307,7 @@ class Service:
         for child in self._children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 words = child.cmdline()
-                if role == "shard" and "catchall.engine.shard" in words:
-                    if number is None or words[-2] == str(number):
-                        found.append(child.pid)
-                elif (role == "front" and "catchall.http.front" in words) or (role == "http" and "--multiprocessing-fork" in words):
+                if MARKS[role] in words and (number is None or words[-2] == str(number)):
                     found.append(child.pid)
         return found
 

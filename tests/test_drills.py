@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from load import Load
@@ -103,8 +104,8 @@ def test_a_new_number_of_shards_after_a_kill_loses_and_doubles_nothing(serve: Se
     assert_exact(service, load)
 
 
-def test_memory_survives_the_death_of_everything_but_the_supervisor(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> None:
-    service = serve(*BUSY, "--storage", "memory", "--set", f"storage.memory_dir={tmp_path_factory.mktemp('memory')}")
+def test_memory_survives_the_death_of_everything_but_the_supervisor(serve: Serve, tmp_path: Path) -> None:
+    service = serve(*BUSY, "--storage", "memory", "--set", f"storage.memory_dir={tmp_path}")
     with Load(service) as load:
         for role in ("shard", "http", "front"):
             kill_and_wait(service, load, role)
@@ -126,7 +127,7 @@ def test_every_sync_policy_keeps_what_it_acknowledged_when_all_is_killed(serve: 
 def test_while_a_shard_stands_still_writes_go_on_and_reads_wait_or_get_503(serve: Serve) -> None:
     service = serve(*BUSY, "--set", "server.write_timeout=500ms")
     reader = service.client()
-    with Load(service) as load:
+    with Load(service, reads=False) as load:
         service.signal(signal.SIGSTOP, "shard", 0)
         statuses = {reader.request("GET", f"/domains/{name}").status for name in load.names[:8]}
         assert statuses == {200, 503}  # some of the names are the other shard's
@@ -139,6 +140,56 @@ def test_while_a_shard_stands_still_writes_go_on_and_reads_wait_or_get_503(serve
         eventually("the shard answers again", lambda: service.ready)
     assert set(load.requests) == {"acknowledged"}
     assert_exact(service, load)
+
+
+def test_a_shard_that_stands_still_ends_with_its_supervisor_and_a_new_one_goes_on(serve: Serve) -> None:
+    service = serve(*BUSY)
+    with Load(service, reads=False) as load:
+        for _ in range(2):
+            stopped = service.signal(signal.SIGSTOP, "shard", 0)
+            load.more()
+            service.kill("supervisor")
+            service.start()
+            assert stopped not in service.pids("shard")
+    assert_exact(service, load)
+
+
+def test_a_shard_that_stands_still_does_not_hold_up_a_stop_for_ever_and_loses_nothing(serve: Serve) -> None:
+    service = serve(*BUSY, "--set", "server.shutdown_timeout=100ms")
+    with Load(service, reads=False) as load:
+        service.signal(signal.SIGSTOP, "shard", 1)
+        load.more()
+    service.stop(code=1)
+    assert "is killed; nothing acknowledged is lost" in service.log
+    service.start()
+    assert_exact(service, load)
+
+
+def test_a_stop_under_load_answers_what_is_in_flight_and_loses_nothing(serve: Serve) -> None:
+    service = serve(*BUSY)
+    with Load(service) as load:
+        for how in (signal.SIGTERM, signal.SIGINT):
+            service.stop(how)
+            assert at_rest(service.data_dir) == ([], 0)
+            service.start()
+            load.more()
+    assert_exact(service, load)
+
+
+def test_the_comparison_of_the_drills_sees_one_event_too_many_and_one_too_few(serve: Serve) -> None:
+    service = serve(*BUSY)
+    with Load(service) as load:
+        pass
+    client = service.client()
+    load.compare(client)
+    client.put(load.names[7])
+    with pytest.raises(AssertionError, match=r"load-7\.example delivered"):
+        load.compare(client)
+    load.acknowledged[load.names[7], "delivered"] += 1
+    load.compare(client)
+    load.acknowledged[load.names[3], "bounced"] += 1
+    with pytest.raises(AssertionError, match=r"load-3\.example bounced"):
+        load.compare(client)
 
 
 def test_writes_past_the_backlog_are_refused_and_accepted_again_when_it_is_gone(serve: Serve) -> None:
@@ -170,7 +221,7 @@ def test_without_mongodb_for_a_while_writes_go_on_and_its_copy_is_exact_afterwar
     with Load(service) as load:
         for stop in (own_mongo.stop, own_mongo.kill):
             stop()
-            eventually("the service has noticed", lambda: b"\ncatchall_mongodb_up{shard=\"0\"} 0" in metrics(service))
+            eventually("the service has noticed", lambda: b'\ncatchall_mongodb_up{shard="0"} 0' in metrics(service))
             load.more(1000)
             kill_and_wait(service, load, "shard", 0)
             own_mongo.start()
