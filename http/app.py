@@ -70,19 +70,15 @@ class App:
             write = self._writes.get(path)
             if write is not None:
                 cells = self._cells
-                cell = write[2]
-                if cells[cell] % SAMPLE == 0:
-                    started = perf_counter_ns()
-                    if write[0](write[1]):
-                        cells[cell] += 1
-                        await send(OK_START)
-                        await send(OK_BODY)
-                        LATENCY[WRITE_ROUTE[cell]].observe(cells, perf_counter_ns() - started, SAMPLE)
-                        return
-                elif write[0](write[1]):
-                    cells[cell] += 1
+                append, line, cell = write
+                count = cells[cell]
+                started = 0 if count % SAMPLE else perf_counter_ns()
+                if append(line):
+                    cells[cell] = count + 1
                     await send(OK_START)
                     await send(OK_BODY)
+                    if started:
+                        LATENCY[WRITE_ROUTE[cell]].observe(cells, perf_counter_ns() - started, SAMPLE)
                     return
         elif method == "GET":
             read = self._gets.get(path)

@@ -53,19 +53,21 @@ class Domains:
         self.table: PathTable[Read] = PathTable(worker.settings.cache.paths)
 
     async def one(self, raw_path: bytes, domain: str) -> Response:
-        """GET /domains/<domain> for a path that is not in the table."""
+        """GET /domains/<domain> for a path that was not in the young table."""
+        read = self.table.get(raw_path)
+        if read is None:
+            try:
+                name = normalise(domain)
+            except BadName as bad:
+                return problem(400, f"{bad.detail}.", code=bad.code)
+            shards = self._worker.shards
+            read = Read(name, shards[shard_of(partition_of(name, self._partitions), len(shards))])
+            self.table.put(raw_path, read)
         try:
-            name = normalise(domain)
-        except BadName as bad:
-            return problem(400, f"{bad.detail}.", code=bad.code)
-        shards = self._worker.shards
-        read = Read(name, shards[shard_of(partition_of(name, self._partitions), len(shards))])
-        self.table.put(raw_path, read)
-        try:
-            delivered, bounced = await read.shard.counts(name)
+            delivered, bounced = await read.shard.counts(read.name)
         except ShardUnavailable as away:
             return self.away(away)
-        return Response(VERDICT_START, verdict(name, delivered, bounced, self._threshold))
+        return Response(VERDICT_START, verdict(read.name, delivered, bounced, self._threshold))
 
     async def stats(self) -> Response:
         """Domains by status, over all shards; over all hosts when several share one MongoDB."""

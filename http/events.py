@@ -27,6 +27,7 @@ OK_EMPTY = Response(
     {"type": "http.response.body", "body": b""},
 )
 BULK_EVENTS = {kind: metric_names.cell("catchall_bulk_events_total", kind) for kind in SIGNS}
+RECORDED = {kind: metric_names.request_cell(kind, 200) for kind in SIGNS}
 BULK_REJECTED = metric_names.cell("catchall_bulk_rejected_events_total")
 BODY_BYTES = metric_names.cell("catchall_http_request_body_bytes_total")
 REFUSED = {
@@ -40,7 +41,6 @@ class Write(NamedTuple):
     append: Callable[[bytes], bool]
     line: bytes
     cell: int  # counts its requests answered 200
-    partition: int
 
 
 class Events:
@@ -52,20 +52,25 @@ class Events:
         self.table: PathTable[Write] = PathTable(worker.settings.cache.paths if worker.queues.hot else 0)
 
     async def one(self, raw_path: bytes, domain: str, kind: str) -> Response:
-        """PUT /events/<domain>/<kind> for a path that is not in the table, or whose queue had no room."""
+        """PUT /events/<domain>/<kind> for a path that was not in the young table, or whose queue had no room."""
+        write = self.table.get(raw_path)
+        if write is None:
+            try:
+                write = self._parsed(domain, kind)
+            except BadName as bad:
+                return problem(400, f"{bad.detail}. {NOTHING}", code=bad.code)
+            self.table.put(raw_path, write)
         try:
-            name = normalise(domain)
-        except BadName as bad:
-            return problem(400, f"{bad.detail}. {NOTHING}", code=bad.code)
-        partition = partition_of(name, self._partitions)
-        line = lines.encode(SIGNS[kind], name)
-        try:
-            await self._worker.queues.record({partition: line})
+            await self._worker.queues.record({partition_of(write.line[1:-1], self._partitions): write.line})
         except Refused as refused:
             return self._refused(refused)
-        cell = metric_names.request_cell(kind, 200)
-        self.table.put(raw_path, Write(self._worker.queues.appenders[partition], line, cell, partition))
         return OK_EMPTY
+
+    def _parsed(self, domain: str, kind: str) -> Write:
+        """Raises BadName."""
+        name = normalise(domain)
+        append = self._worker.queues.appenders[partition_of(name, self._partitions)]
+        return Write(append, lines.encode(SIGNS[kind], name), RECORDED[kind])
 
     async def bulk(self, scope: dict[str, Any], receive: Receive) -> Response:
         """POST /events: all of its events, or none. Raises ClientGone."""
