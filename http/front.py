@@ -22,6 +22,13 @@ from catchall.engine import logs
 from catchall.engine.process import die_with_parent, read_runtime
 
 
+# What the server logs itself, the access log included, goes through our own handlers.
+LOGGING = {
+    "handlers": {},
+    "loggers": {name: {"level": "INFO", "propagate": True, "handlers": []} for name in ("_granian", "granian.access")},
+}
+
+
 def main() -> None:
     die_with_parent(signal.SIGTERM, int(sys.argv[2]))
     runtime = read_runtime(Path(sys.argv[1]))
@@ -42,6 +49,7 @@ def main() -> None:
         backpressure=server.backpressure,
         http1_settings=HTTP1Settings(header_read_timeout=round(server.idle_timeout * 1000)),
         log_level=LogLevels.warning,
+        log_dictconfig=LOGGING,
         log_access=server.access_log,
         respawn_failed_workers=True,
         workers_kill_timeout=max(1, round(server.shutdown_timeout)),
