@@ -22,6 +22,7 @@ from catchall.engine.cache import TwoGenerations
 from catchall.engine.data_folder import partition_folder, queue_folder
 from catchall.engine.disk import Disk, try_lock
 from catchall.engine.flush import Flush
+from catchall.engine.folder_watch import FolderWatch
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import QueueReader
 from catchall.engine.rules import status
@@ -48,6 +49,7 @@ class PartitionOptions:
     pending_names_max: int  # a drain stops here until a flush has begun
     keep_rows: bool  # for a push
     disk: Disk
+    watch: FolderWatch | None = None
 
 
 class Partition:
@@ -69,6 +71,7 @@ class Partition:
             host_id=bytes.fromhex(options.host_id),
             positions=positions,
             disk=options.disk,
+            watch=options.watch,
         )
         self._droppable: list[str] = []
         try:

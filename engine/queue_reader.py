@@ -25,6 +25,7 @@ from collections.abc import Iterable, Mapping
 
 from catchall.engine import segment
 from catchall.engine.disk import Disk, try_lock
+from catchall.engine.folder_watch import FolderWatch
 from catchall.engine.pending import Pending
 from catchall.engine.segment import HEADER_SIZE, PUBLISHED, SEALED, BadSegment
 from catchall.storage.ledger import Position
@@ -68,15 +69,20 @@ class ReadSegment:
 class QueueReader:
     """Reads the queues of one partition into a Pending.
 
+    watch           tells when the folder must be listed again; its owner polls it before `discover`
     positions       what the ledger knows: where to go on in each segment
     caught_up_ns    unix time before which everything acknowledged has been drained; 0 before that is known
     """
 
     def __init__(
-        self, folder: str, *, partition: int, boot_id: bytes, host_id: bytes, positions: Mapping[str, Position], disk: Disk
+        self, folder: str, *, partition: int, boot_id: bytes, host_id: bytes, positions: Mapping[str, Position], disk: Disk,
+        watch: FolderWatch | None = None,
     ) -> None:
         self.folder, self._partition, self._boot_id, self._host_id, self._disk = folder, partition, boot_id, host_id, disk
         self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # listing by it saves a system call
+        self._watch = watch
+        if watch is not None:
+            watch.add(folder)
         self._segments: dict[str, ReadSegment] = {}
         self._known = dict(positions)  # segments that are not open here: finished ones, or not yet discovered
         self._changed: set[str] = set()  # positions that moved since the last cut
@@ -87,13 +93,22 @@ class QueueReader:
     # ---- discover
 
     def discover(self) -> None:
-        """List the folder and open what is new. Raises OSError if the folder cannot be listed, or nothing more be opened."""
+        """List the folder and open what is new. With a watch that was just polled, only if something is.
+
+        Raises OSError if the folder cannot be listed, or nothing more be opened.
+        """
+        watch = self._watch
+        if watch is not None and not watch.changed(self.folder):
+            self._listed_ns = watch.polled_ns
+            return
         segments = self._segments
         now = time.time_ns()
         for entry in os.listdir(self._folder_fd):
             if entry[:-4] not in segments and entry.endswith(".seg") and entry not in self._ignored:
                 self._open(entry)
         self._listed_ns = now
+        if watch is not None:
+            watch.listed(self.folder)
 
     def remove_leftovers(self) -> None:
         """Unlink .tmp files whose writers are dead."""

@@ -6,9 +6,8 @@ One flat loop over epoll. A turn: take what the sockets and threads brought; ans
 if one is due and none is under way. It sleeps 10 ms after a turn that found events, then longer, up to 50 ms; reads and
 finished flushes wake it. Nobody else waits for an event to be counted, and fewer, larger slices cost less.
 
-Looking for published bytes in known segments is a few loads from memory and happens every turn. Listing the folders is a
-system call each; it happens before every batch of reads, as the protocol asks, and otherwise at least every 50 ms, which is
-how late the counting of a new segment may begin.
+Every turn asks the kernel which folders got new names (folder_watch.py), lists those, and looks for published bytes in the
+segments it knows: one system call and a few loads from memory.
 
 SIGTERM     drain everything, flush it, push it (bounded), exit 0. The supervisor's death counts as SIGTERM.
 Exit 1      after an error whose outcome is unknown: the next start recovers.
@@ -30,6 +29,7 @@ from catchall.engine import logs, metric_names
 from catchall.engine.data_folder import fill_reserve, give_up_reserve
 from catchall.engine.disk import DISK
 from catchall.engine.flush import Flush
+from catchall.engine.folder_watch import FolderWatch
 from catchall.engine.metrics_page import DRAINING, READY
 from catchall.engine.others import Others
 from catchall.engine.partition import Partition, PartitionOptions, lock_partition
@@ -45,7 +45,6 @@ log = logging.getLogger("catchall.shard")
 TURN_BYTES = 256 << 10  # drained in one turn, before the sockets are looked at again
 SLEEP_MIN_S, SLEEP_MAX_S, SLEEP_GROWTH = 0.01, 0.05, 1.5
 READS_WAIT_S = 0.002
-DISCOVER_EVERY_S = 0.05
 FULL_RETRY_S = 1.0
 
 COUNTED = metric_names.cell("catchall_events_counted_total", "delivered"), metric_names.cell(
@@ -78,6 +77,7 @@ class Shard:
         signal.signal(signal.SIGINT, self._on_term)
         self._epoll = select.epoll()
         self._epoll.register(self._wake_r, select.EPOLLIN)
+        self._watch = FolderWatch()
         self._partitions = self._recover()
         self._by_number = {partition.number: partition for partition in self._partitions}
         self._sockets = Sockets(runtime.run_folder, number, self._epoll)
@@ -91,7 +91,7 @@ class Shard:
         self._due: list[Partition] = []
         self._full_until = 0.0
         self._full = logs.BadState(log)
-        self._discovered = self._gauged = 0.0
+        self._gauged = 0.0
         self._sleep = SLEEP_MIN_S
         self._turn = 0
         self._check_writers = True  # even queues in which nothing new is published are to be looked at once
@@ -119,6 +119,7 @@ class Shard:
             pending_names_max=max(1000, 2 * config.storage.flush_rows // len(numbers)),
             keep_rows=config.storage.kind == "mongodb",
             disk=DISK,
+            watch=self._watch,
         )
         partitions = []
         waiting = logs.BadState(log)
@@ -185,13 +186,12 @@ class Shard:
             self._end_flush(now)
         if requests := self._sockets.requests():
             self._reads.add(requests)
+        self._watch.poll()
         if self._reads.waiting:
             self._reads.answer()
         self._sockets.send_all()
-        if now - self._discovered >= DISCOVER_EVERY_S:
-            self._discovered = now
-            for partition in self._partitions:
-                partition.reader.discover()
+        for partition in self._partitions:
+            partition.reader.discover()
         if took := self._drain_some():
             self._note_backlog()
         if self._flushing is None:
@@ -328,6 +328,7 @@ class Shard:
                     self._end_flush(time.monotonic())
                 continue
             took = 0
+            self._watch.poll()
             for partition in self._partitions:
                 partition.reader.discover()
                 partition.reader.check_writers()
@@ -345,6 +346,7 @@ class Shard:
                         "counts them", left, names)  # fmt: skip
         self._sockets.close()
         self._flusher.shutdown()
+        self._watch.close()
         for partition in self._partitions:
             partition.close()
 
