@@ -2,12 +2,12 @@
 
     python -m catchall.engine.shard RUN_FOLDER NUMBER PARENT_PID    started by the supervisor, stopped by SIGTERM
 
-One flat loop over epoll. A turn: take what the sockets and threads brought; answer reads; drain a few slices; begin a flush
-if one is due and none is under way. It sleeps 10 ms after a turn that found events, then longer, up to 50 ms; reads and
-finished flushes wake it. Nobody else waits for an event to be counted, and fewer, larger slices cost less.
+One flat loop over epoll. A turn: take what the sockets and threads brought, answer reads. A round, every 10 ms while events
+come in and at least every 50 ms: drain a few slices, begin a flush if one is due and none is under way. Nobody but a read waits
+for an event to be counted, a read drains for itself, and fewer, larger slices cost less.
 
-Every turn asks the kernel which folders got new names (folder_watch.py), lists those, and looks for published bytes in the
-segments it knows: one system call and a few loads from memory.
+Both ask the kernel first which folders got new names (folder_watch.py) and list those. Looking for published bytes in the
+segments that are known is a few loads from memory.
 
 SIGTERM     drain everything, flush it, push it (bounded), exit 0. The supervisor's death counts as SIGTERM.
 Exit 1      after an error whose outcome is unknown: the next start recovers.
@@ -92,7 +92,7 @@ class Shard:
         self._full_until = 0.0
         self._full = logs.BadState(log)
         self._gauged = 0.0
-        self._sleep = SLEEP_MIN_S
+        self._sleep, self._next_round = SLEEP_MIN_S, 0.0
         self._turn = 0
         self._check_writers = True  # even queues in which nothing new is published are to be looked at once
 
@@ -175,8 +175,8 @@ class Shard:
         self._finish()
 
     def _one_turn(self) -> None:
-        events = self._epoll.poll(self._sleep)
-        for fd, event in events:
+        wait = 0.0 if self._reads.again else READS_WAIT_S if self._reads.waiting else SLEEP_MAX_S
+        for fd, event in self._epoll.poll(max(0.0, min(wait, self._next_round - time.monotonic()))):
             if fd == self._wake_r:
                 self._drain_wake_pipe()
             else:
@@ -184,12 +184,19 @@ class Shard:
         now = time.monotonic()
         if self._flushing is not None and self._flushing[2].done():
             self._end_flush(now)
+            self._next_round = now
         if requests := self._sockets.requests():
             self._reads.add(requests)
-        self._watch.poll()
         if self._reads.waiting:
+            self._watch.poll()
             self._reads.answer()
         self._sockets.send_all()
+        if now >= self._next_round:
+            self._next_round = now + self._round(now)
+
+    def _round(self, now: float) -> float:
+        """What is not urgent: drain some, begin a flush, set gauges. Returns the seconds until the next round."""
+        self._watch.poll()
         for partition in self._partitions:
             partition.reader.discover()
         if took := self._drain_some():
@@ -202,14 +209,10 @@ class Shard:
             self._set_gauges()
             if self._pusher is not None and self._pusher.superseded is not None:
                 self._supersede(self._pusher.superseded)
-        if took >= TURN_BYTES or self._reads.again:
-            self._sleep = 0.0
-        elif self._reads.waiting:
-            self._sleep = READS_WAIT_S
-        elif took:
-            self._sleep = SLEEP_MIN_S
-        else:
-            self._sleep = min(SLEEP_MAX_S, max(SLEEP_MIN_S, self._sleep * SLEEP_GROWTH))
+        if took >= TURN_BYTES:
+            return 0.0
+        self._sleep = SLEEP_MIN_S if took else min(SLEEP_MAX_S, self._sleep * SLEEP_GROWTH)
+        return self._sleep
 
     def _drain_wake_pipe(self) -> None:
         try:

@@ -46,11 +46,11 @@ def verdict(name: bytes, delivered: int, bounced: int, threshold: int) -> dict[s
 
 
 class Domains:
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, young: dict[bytes, Read]) -> None:
         self._worker = worker
         self._partitions = worker.runtime.manifest.partitions
         self._threshold = worker.settings.rules.threshold
-        self.table: PathTable[Read] = PathTable(worker.settings.cache.paths)
+        self.table: PathTable[Read] = PathTable(worker.settings.cache.paths, young)
 
     async def one(self, raw_path: bytes, domain: str) -> Response:
         """GET /domains/<domain> for a path that was not in the young table."""

@@ -44,12 +44,12 @@ class Write(NamedTuple):
 
 
 class Events:
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, young: dict[bytes, Write]) -> None:
         self._worker = worker
         self._partitions = worker.runtime.manifest.partitions
         self._limits = worker.settings.limits
         self._read_timeout = worker.settings.server.read_timeout
-        self.table: PathTable[Write] = PathTable(worker.settings.cache.paths if worker.queues.hot else 0)
+        self.table: PathTable[Write] = PathTable(worker.settings.cache.paths if worker.queues.hot else 0, young)
 
     async def one(self, raw_path: bytes, domain: str, kind: str) -> Response:
         """PUT /events/<domain>/<kind> for a path that was not in the young table, or whose queue had no room."""

@@ -21,7 +21,6 @@ from granian.log import LogLevels
 from catchall.engine import logs
 from catchall.engine.process import die_with_parent, read_runtime
 
-
 # What the server logs itself, the access log included, goes through our own handlers.
 LOGGING = {
     "handlers": {},

@@ -8,13 +8,17 @@ T = TypeVar("T")
 
 
 class PathTable(Generic[T]):
-    """At most about `paths_max` entries. `young` may be looked up directly; on a miss, `get` looks further."""
+    """At most about `paths_max` entries.
+
+    young  the dict to use for the young generation: the same object for ever, so a hot path may look into it directly; on a
+           miss, `get` looks further
+    """
 
     __slots__ = ("_half", "_old", "young")
 
-    def __init__(self, paths_max: int) -> None:
+    def __init__(self, paths_max: int, young: dict[bytes, T]) -> None:
         self._half = paths_max // 2
-        self.young: dict[bytes, T] = {}
+        self.young = young
         self._old: dict[bytes, T] = {}
 
     def get(self, path: bytes) -> T | None:
