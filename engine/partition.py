@@ -31,6 +31,7 @@ from catchall.storage.ledger import Ledger, LedgerDamaged, Position, Tallies
 
 log = logging.getLogger("catchall.partition")
 
+COLD_COST = 5  # a name whose base must be read from the ledger counts as so many in memory, for statistics
 CATCH_UP_BYTES = 1 << 20  # drained for a read before it is looked at what is left
 RECENT_ROWS_MAX = 100_000  # rows of past flushes kept for the push; beyond, the push reads the ledger
 RECENT_FLUSHES_MAX = 1000
@@ -250,7 +251,10 @@ class Partition:
             return base, as_of_ns
         keys = {key.decode(): key for key in self.pending.known_names()}
         counts = {name: self.known(name, key) for name, key in keys.items()}
-        counts |= self.load({name: keys[name] for name, packed in counts.items() if packed is None})
+        cold = {name: keys[name] for name, packed in counts.items() if packed is None}
+        if len(cold) > names_max // COLD_COST and as_of_ns:
+            return base, as_of_ns
+        counts |= self.load(cold)
         moved = {"catch-all": 0, "not-catch-all": 0, "unknown": 0}
         threshold = self._options.threshold
         for name, key in keys.items():

@@ -85,6 +85,7 @@ class Readers:
 
     @property
     def all_finished(self) -> bool:
+        self.counts()
         return all(found.finished for reader in self.readers for found in reader._segments.values())
 
     def close(self) -> None:
@@ -205,7 +206,7 @@ def test_a_backlog_that_is_full_refuses_with_its_reason_and_recovers_when_it_is_
     async def main() -> int:
         recorded = 0
         async with queues(tmp_path, backlog_max=4 * SEGMENT) as made:
-            with pytest.raises(Refused, match="backlog_max") as refused:
+            with pytest.raises(Refused, match="backlog_max") as refused:  # noqa: PT012
                 while True:
                     await made.record(lines)
                     recorded += 1
