@@ -364,4 +364,6 @@ class QueueReader:
         for found in self._segments.values():
             found.close()
         self._segments.clear()
-        os.close(self._folder_fd)
+        if self._folder_fd >= 0:
+            os.close(self._folder_fd)
+            self._folder_fd = -1

@@ -137,7 +137,6 @@ class QueueSet:
             task = self._making.get(queue.partition)
             if task is None:
                 task = self._making[queue.partition] = asyncio.create_task(self._make_one(queue, size))
-                task.add_done_callback(lambda _: self._making.pop(queue.partition, None))
             try:
                 await asyncio.shield(task)
             except Refused:
@@ -153,6 +152,10 @@ class QueueSet:
         except Refused as refused:
             self._refusing.enter(f"writes wait, and are then refused: {refused}", time.monotonic())
             raise
+        finally:
+            # Here and not in a callback of the task: awaiting a task that is done does not give a callback its turn, so one
+            # whose room somebody else used up would be found here again, without end.
+            del self._making[queue.partition]
         self._refusing.leave("writes are accepted again", time.monotonic())
         self._slot.cells[SEGMENTS_MADE] += 1
         queue.install(made)
@@ -189,7 +192,7 @@ class QueueSet:
     def _make_ahead(self, queue: EventQueue) -> None:
         if queue.partition not in self._making:
             task = self._making[queue.partition] = asyncio.create_task(self._make_one(queue, 0))
-            task.add_done_callback(lambda done: (self._making.pop(queue.partition, None), done.cancelled() or done.exception()))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # refused: an append will ask again
 
     async def _every_second(self) -> None:
         while True:
