@@ -38,7 +38,7 @@ from catchall.engine.push import Pusher, options_of
 from catchall.engine.rules import shard_of
 from catchall.engine.shard_reads import Reads
 from catchall.engine.shard_sockets import Sockets
-from catchall.storage.ledger import Tallies
+from catchall.storage.ledger import LedgerFull, Tallies
 
 log = logging.getLogger("catchall.shard")
 
@@ -130,8 +130,23 @@ class Shard:
                 waiting.enter(f"partition {number} is still held by another process; waiting for it to end", time.monotonic())
                 time.sleep(0.02)
             waiting.leave("the partition was given up by its former owner", time.monotonic())
-            partitions.append(Partition(number, options, lock))
+            partitions.append(self._open(number, options, lock))
         return partitions
+
+    def _open(self, number: int, options: PartitionOptions, lock: int) -> Partition:
+        """Opening a ledger commits, so on a full disk it gives up the reserve, and then waits for room."""
+        full = logs.BadState(log)
+        while not self._stopping:
+            try:
+                partition = Partition(number, options, lock)
+            except LedgerFull as error:
+                full.enter(f"the disk is full, and partition {number} waits for room: {error}", time.monotonic())
+                give_up_reserve(options.root)
+                time.sleep(0.1)
+            else:
+                full.leave("there is room again", time.monotonic())
+                return partition
+        raise SystemExit(0)
 
     def _make_others(self) -> Others:
         cache = self._settings.cache

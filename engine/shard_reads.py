@@ -140,11 +140,13 @@ class Reads:
         budget = max(1, STATS_NAMES_MAX // max(1, len(self._partitions)))
         total, as_of = Tallies(), now
         for partition in self._partitions.values():
-            found: tuple[Tallies, int] | None = partition.ledger.meta.tallies, partition.cut_at_ns
+            found: tuple[Tallies, int] | None = None
             if partition.catch_up():
                 found = partition.tallies(budget, now)
+            elif partition.cut_at_ns:
+                found = partition.ledger.meta.tallies, partition.cut_at_ns
             if found is None:
-                return  # a small flush has just begun: a matter of milliseconds
+                return  # behind since the start, or a small flush has just begun: a matter of milliseconds
             total += found[0]
             as_of = min(as_of, found[1])
         shared = self._shared_stats()

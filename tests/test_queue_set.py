@@ -17,6 +17,7 @@ from faults import BOOT, HOST, NOW, counting, counts_of, disk_of, failing
 from catchall.engine import queue_set
 from catchall.engine.data_folder import make_partitions, queue_folder
 from catchall.engine.disk import DISK, Disk
+from catchall.engine.event_queue import OpenSegment
 from catchall.engine.metrics_page import MetricsPage
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import QueueReader
@@ -402,3 +403,24 @@ def test_close_ends_every_segment_even_those_being_made(tmp_path, readers, fsync
     assert readers.all_finished
     assert not list(tmp_path.glob("*/q/*.tmp"))
     assert not segments_held()
+
+
+@pytest.mark.parametrize("fsync", POLICIES)
+def test_a_request_that_comes_in_the_very_turn_in_which_a_smaller_segment_was_made_gets_its_own(tmp_path, readers, fsync):
+    async def main() -> None:
+        async with queues(tmp_path, fsync=fsync) as made:
+            queue, late = made._queues[0], []
+            install = queue.install
+
+            def install_and_ask(segment: OpenSegment) -> None:
+                install(segment)
+                if not late:  # its first step runs before anything that waits for the task that is ending here
+                    late.append(asyncio.create_task(made.record({0: b"+a.example\n" * 20_000})))
+
+            queue.install = install_and_ask  # type: ignore[method-assign]
+            await made.record({0: b"+b.example\n"})
+            await asyncio.gather(*late)
+
+    asyncio.run(main())
+    assert readers.counts() == {"a.example": (20_000, 0), "b.example": (1, 0)}
+    assert readers.all_finished
