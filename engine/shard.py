@@ -2,7 +2,7 @@
 
     python -m catchall.engine.shard RUN_FOLDER NUMBER PARENT_PID    started by the supervisor, stopped by SIGTERM
 
-One flat loop over epoll. A turn: take what the sockets and threads brought, answer reads. A round, every 10 ms while events
+One flat loop over epoll. A turn: take what the sockets and threads brought, answer reads. A round, every 20 ms while events
 come in and at least every 50 ms: drain a few slices, begin a flush if one is due and none is under way. Nobody but a read waits
 for an event to be counted, a read drains for itself, and fewer, larger slices cost less.
 
@@ -43,7 +43,7 @@ from catchall.storage.ledger import LedgerFull, Tallies
 log = logging.getLogger("catchall.shard")
 
 TURN_BYTES = 256 << 10  # drained in one turn, before the sockets are looked at again
-SLEEP_MIN_S, SLEEP_MAX_S, SLEEP_GROWTH = 0.01, 0.05, 1.5
+SLEEP_MIN_S, SLEEP_MAX_S, SLEEP_GROWTH = 0.02, 0.05, 1.5
 READS_WAIT_S = 0.002
 FULL_RETRY_S = 1.0
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import struct
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,9 @@ _LOAD_MANY = _LOAD.format(",".join("?" * NAMES_PER_LOAD))
 # SQLite's primary result codes that say what a failed statement means for the transaction.
 _FULL = sqlite3.SQLITE_FULL
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+
+
+_COUNTS = struct.Struct("<QQQ")
 
 
 class LedgerDamaged(Exception):
@@ -82,7 +86,7 @@ class Position:
 
 def check_of(name: str, delivered: int, bounced: int, flush: int) -> int:
     """The `chk` of a row: what tells a damaged count from a true one."""
-    return zlib.crc32(b"%b %d %d %d" % (name.encode(), delivered, bounced, flush))
+    return zlib.crc32(_COUNTS.pack(delivered, bounced, flush), zlib.crc32(name.encode()))
 
 
 class Ledger:

@@ -8,7 +8,7 @@ create table if not exists domain (
     last_delivered_at integer not null,   -- unix seconds, 0 for never
     last_bounced_at   integer not null,
     flush             integer not null,   -- the flush that wrote the row: what a push to MongoDB selects by
-    chk               integer not null    -- crc32 of name, delivered, bounced and flush
+    chk               integer not null    -- crc32 of name, then delivered, bounced, flush
 ) strict, without rowid;
 
 create table if not exists segment (
