@@ -113,7 +113,7 @@ class Ledger:
         self.path, self.threshold = path, threshold
         self.in_commit = False
         self.damaged_rows = 0  # rows loaded whose chk did not match
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
         self._transaction = threading.Lock()
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=32)
         try:
@@ -169,12 +169,23 @@ class Ledger:
         ).fetchone()
         return Tallies(*row)
 
+    @contextlib.contextmanager
+    def _statement(self) -> Iterator[None]:
+        """One statement at a time, and whoever waits is next: without the turn, a flush that runs statement after statement
+        takes the lock again before a waiting read wakes, and the read waits for all of the flush, COMMIT included."""
+        with self._turn:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
         self._db.close()
 
     def positions(self) -> dict[str, Position]:
         """How far each segment is in the counts, by name."""
-        with self._lock, _failures_explained(self.path):
+        with self._statement(), _failures_explained(self.path):
             return {name: Position(*rest) for name, *rest in self._db.execute("select name, consumed, clock from segment")}
 
     def load(self, names: Sequence[str]) -> dict[str, int]:
@@ -183,7 +194,7 @@ class Ledger:
         for at in range(0, len(names), NAMES_PER_LOAD):
             some = names[at : at + NAMES_PER_LOAD]
             query = _LOAD_MANY if len(some) == NAMES_PER_LOAD else _LOAD.format(",".join("?" * len(some)))
-            with self._lock, _failures_explained(self.path):
+            with self._statement(), _failures_explained(self.path):
                 rows = self._db.execute(query, some).fetchall()
             for name, delivered, bounced, flush, chk in rows:
                 if chk != check_of(name, delivered, bounced, flush):
@@ -236,14 +247,14 @@ class Ledger:
         return number
 
     def _run(self, statement: str, values: Sequence[str | int] = ()) -> None:
-        with self._lock, _failures_explained(self.path):
+        with self._statement(), _failures_explained(self.path):
             self._db.execute(statement, values)
 
     def scan(self, after: int) -> Iterator[list[Row]]:
         """The rows of flushes later than `after`, in key order and in pieces, never while a transaction is open."""
         name = ""
         while True:
-            with self._transaction, self._lock, _failures_explained(self.path):
+            with self._transaction, self._statement(), _failures_explained(self.path):
                 rows = self._db.execute(
                     "select name, delivered, bounced, first_at, last_delivered_at, last_bounced_at from domain "
                     "where name > ? and flush > ? order by name limit ?",
