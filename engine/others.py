@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ class Others:
                 socket_timeout=min(options.socket_timeout, ANSWER_S),
             )
         )
-        self._probed = 0.0
+        self._probed = self._failed = 0.0
         self._ttl_s, self._half, self._answered = ttl_s, max(1, names_max // 2), answered
         self._young: dict[str, tuple[float, int]] = {}  # name -> (good until, packed)
         self._old: dict[str, tuple[float, int]] = {}
@@ -64,11 +64,18 @@ class Others:
 
     def _ask(self, names: dict[str, str], result: dict[str, int]) -> None:
         now = time.monotonic()
+        if self._away.lasts and now < self._failed + RETRY_S:  # it failed while this question waited its turn
+            result.update(self._last_known(names))
+            self._answered()
+            return
         try:
             found = self._copy.others(list(names), names.__getitem__)
-        except MongoError as error:
+        except Exception as error:  # also a document that is none of ours: whoever waits must get an answer
+            if not isinstance(error, MongoError):
+                log.exception("an answer of MongoDB cannot be read")
+            self._failed = time.monotonic()
             self._away.enter(f"reads show this host's counts and the last known ones of others: {error}", now)
-            result.update({name: (self._young.get(name) or self._old.get(name) or (0, 0))[1] for name in names})
+            result.update(self._last_known(names))
         else:
             self._away.leave("reads show the counts of all hosts again", now)
             fresh = {}
@@ -76,6 +83,9 @@ class Others:
                 fresh[name] = (now + self._ttl_s, pack(*found.get(name, (0, 0))))
             self._keep(fresh, result)
         self._answered()
+
+    def _last_known(self, names: Iterable[str]) -> dict[str, int]:
+        return {name: (self._young.get(name) or self._old.get(name) or (0, 0))[1] for name in names}
 
     def _keep(self, entries: dict[str, tuple[float, int]], result: dict[str, int]) -> None:
         """Only ever in the one asking thread; the loop reads."""

@@ -100,8 +100,10 @@ class Partition:
                 raise LedgerDamaged(f"{path} is older than the copy in MongoDB: {mark.read_text().strip()}")
             return self._ledger(path)
         except LedgerDamaged as damage:
-            self._set_ledger_aside(path, mark, damage)
-            return self._ledger(path)
+            living = self._set_ledger_aside(path, mark, damage)
+            ledger, _ = self._ledger(path)
+            ledger.write([], living, [], ledger.meta.tallies)
+            return ledger, living
 
     def _ledger(self, path: Path) -> tuple[Ledger, dict[str, Position]]:
         options = self._options
@@ -122,23 +124,35 @@ class Partition:
             ledger.close()
             raise
 
-    def _set_ledger_aside(self, path: Path, mark: Path, damage: LedgerDamaged) -> None:
-        """Start anew: the old file, and the segments whose positions only it knew, are kept and not counted.
+    def _set_ledger_aside(self, path: Path, mark: Path, damage: LedgerDamaged) -> dict[str, Position]:
+        """Start anew: the old file, and what was in segments whose positions only it knew, are kept and not counted.
 
-        The ledger's own name goes last, so that a death in between leaves all of it to be done again.
+        Returns where to go on in the segments whose writers live: what they publish from now on is counted, and what they
+        had published is kept in a copy. The ledger's own name goes last, so that a death before that leaves all of it to do.
         """
         self.corrupt_ledgers += 1
         stamp = time.time_ns()
         aside = self._folder / f"ledger-{stamp}.corrupt"
         log.error("%s. It is set aside as %s; counts of partition %d begin anew", damage, aside.name, self.number)
+        living: dict[str, Position] = {}
         for segment in (self._folder / "q").glob("*.seg"):
             log.error("%s (%d bytes): its position is not known, so it is set aside", segment, segment.stat().st_size)
-            segment.rename(segment.with_suffix(".corrupt"))
+            fd = os.open(segment, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if try_lock(fd):
+                    segment.rename(segment.with_suffix(".corrupt"))
+                else:
+                    content = segment.read_bytes()
+                    segment.with_suffix(".corrupt").write_bytes(content)
+                    living[segment.stem] = Position(int.from_bytes(content[64:72], "little"), 0)
+            finally:
+                os.close(fd)
         for suffix in ("-wal", ""):
             source = path.with_name(path.name + suffix)
             if source.exists():
                 source.rename(aside.with_name(f"{aside.name}{suffix}"))
         mark.unlink(missing_ok=True)
+        return living
 
     def supersede(self, why: str) -> None:
         """MongoDB knows a later state of this ledger: have the next opening set it aside. The process must exit now."""
@@ -153,9 +167,14 @@ class Partition:
 
     def drain(self, bytes_max: int) -> int:
         """Count what is published, at most about `bytes_max`, unless too many names are pending. Returns bytes taken."""
-        if self.pending.names >= self._options.pending_names_max:
+        if self.full:
             return 0
         return self.reader.drain(self.pending, bytes_max)
+
+    @property
+    def full(self) -> bool:
+        """So many names are pending that a flush has to come first."""
+        return self.pending.names >= self._options.pending_names_max
 
     def catch_up(self) -> bool:
         """Discover, and drain what is published now. False: not yet, a flush has to make room first."""

@@ -24,7 +24,8 @@ from catchall.engine.metrics_page import Slot
 from catchall.engine.partition import Partition
 from catchall.engine.settings import MongoDB
 from catchall.storage.backoff import backoff
-from catchall.storage.mongodb import MongoCopy, MongoError, MongoOptions
+from catchall.storage.ledger import LedgerFull
+from catchall.storage.mongodb import MongoCopy, MongoError, MongoOptions, MongoRefused
 from catchall.storage.mongodb_stats import StoredStats
 
 log = logging.getLogger("catchall.push")
@@ -121,15 +122,17 @@ class Pusher(threading.Thread):
                 if self._first and time.monotonic() >= stats_at and not last:
                     self._keep_stats(copy)
                     stats_at = time.monotonic() + self._mongodb.stats_interval
-            except MongoError as error:
+            except Superseded as reason:
+                self.superseded = str(reason)
+                return
+            except Exception as error:  # a full disk, say: whatever it is, the copy must catch up afterwards
+                if not isinstance(error, MongoError | LedgerFull):
+                    log.exception("a push failed")
                 self._slot.cells[PUSH_FAILURES] += 1
                 self._slot.cells[MONGODB_UP] = 0
                 self._away.enter(f"MongoDB does not take the copy; it lags, counting goes on: {error}", time.monotonic())
                 pause = backoff(attempt, self._mongodb.backoff_min, self._mongodb.backoff_max, random.random())
                 attempt += 1
-            except Superseded as reason:
-                self.superseded = str(reason)
-                return
             else:
                 attempt = 0
                 self._slot.cells[MONGODB_UP] = 1
@@ -142,7 +145,7 @@ class Pusher(threading.Thread):
     def _make_view(self, copy: MongoCopy) -> None:
         try:
             copy.ensure_view(self._threshold)
-        except MongoError as error:
+        except MongoRefused as error:
             log.warning("the view domain_status was not made: %s", error)
 
     def _push_all(self, copy: MongoCopy) -> None:

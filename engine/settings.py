@@ -92,7 +92,7 @@ class MongoDB(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     server_selection_timeout: Interval = 5.0
     socket_timeout: Interval = 30.0
     pool_size: Annotated[int, count(1, 1000)] = 2
-    batch_rows: Annotated[int, count(1, 100_000)] = 5000
+    batch_rows: Annotated[int, count(1, 50_000)] = 5000
     push_interval: Interval = 1.0
     backoff_min: Interval = 0.1
     backoff_max: Interval = 10.0

@@ -258,9 +258,11 @@ class Shard:
             return
         if not self._due:
             early = now < self._next_flush
-            if early and sum(partition.pending.names for partition in self._partitions) < self._settings.storage.flush_rows:
+            full = [partition for partition in self._partitions if partition.full and partition.due]
+            names = sum(partition.pending.names for partition in self._partitions)
+            if early and not full and names < self._settings.storage.flush_rows:
                 return
-            self._due = [partition for partition in self._partitions if partition.due]
+            self._due = [partition for partition in self._partitions if partition.due and not partition.full] + full
             self._next_flush = now + self._settings.storage.flush_interval
             if not self._due:
                 self._slot.cells[FLUSH_SUCCESS] = time.time_ns()

@@ -212,13 +212,13 @@ def test_a_partition_whose_ledger_is_damaged_begins_anew_as_another_component(tm
         monkeypatch.undo()
         partition = host.own()
     assert partition.ledger.meta.component == f"{HOST}-2"
-    append(queue, b"+lost.example\n")
+    append(queue, b"+later.example\n")
     queue.abandon()
     append(queue, b"+new.example\n")
     queue.close()
     assert partition.catch_up()
     partition.end_flush(run(partition))
-    assert ledger_counts(partition) == {"new.example": (1, 0)}
+    assert ledger_counts(partition) == {"later.example": (1, 0), "new.example": (1, 0)}
     assert len(list((tmp_path / "00" / "q").glob("*.corrupt"))) == 1
     partition.close()
 

@@ -297,3 +297,20 @@ def test_any_mixture_of_deaths_flushes_and_full_disks_counts_everything_once(tmp
     writer.check(ledger_counts(partition))
     assert not host.segments()
     partition.close()
+
+
+def test_a_ledger_set_aside_while_a_writer_lives_loses_nothing_that_is_acknowledged_afterwards(tmp_path):
+    host, writer = Host(tmp_path), Writer()
+    queue = host.queue()
+    writer.write(queue, NAMES)
+    partition = host.own()
+    settle(partition)
+    partition.supersede("a later state is known")
+    partition.close()
+    partition = host.own()
+    after = Writer()
+    after.write(queue, NAMES * 30)  # over several segments, the first of them older than the new ledger
+    queue.close()
+    settle(partition)
+    after.check(ledger_counts(partition))
+    partition.close()
