@@ -49,10 +49,6 @@ def try_lock(fd: int) -> bool:
     return True
 
 
-def unlock(fd: int) -> None:
-    fcntl.flock(fd, fcntl.LOCK_UN)
-
-
 def boot_id() -> bytes:
     """The kernel's id of this boot, 16 bytes: what tells a dead process from a power cut."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
