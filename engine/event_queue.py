@@ -31,6 +31,7 @@ from catchall.engine import segment
 from catchall.engine.disk import Disk, try_lock
 from catchall.engine.lines import clock_line
 from catchall.engine.segment import HEADER_SIZE, PUBLISHED, SEALED, Header, Mark
+from catchall.engine.shard_protocol import PLACE
 
 CLOCK_ROOM = 16  # bytes that a clock line may take before the lines of an append
 
@@ -48,6 +49,10 @@ class OpenSegment:
         self.synced = 0  # payload bytes that an fdatasync covered
         self._crc = self._crc_at = self._marks = 0
         self._marking = threading.Lock()  # a sync's mark and the roll's last one may meet
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path).removesuffix(".seg")
 
     @property
     def published(self) -> int:
@@ -172,6 +177,12 @@ class EventQueue:
     def room_now(self, size: int) -> bool:
         """Whether lines of `size` bytes fit into the open segment, without a roll."""
         return self._current is not None and self._at + size + CLOCK_ROOM <= self._current.end
+
+    def place(self, size: int) -> bytes:
+        """Where the last `size` bytes that were copied are, as shard_protocol.PLACE. Call it in the same turn of the loop."""
+        assert self._current is not None
+        end = self._at - HEADER_SIZE
+        return PLACE.pack(self.partition, bytes.fromhex(self._current.name), end - size, end)
 
     def _append_slowly(self, lines: bytes) -> bool:
         if not self.room(len(lines)):

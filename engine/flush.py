@@ -1,8 +1,8 @@
 """One flush of one partition: what was pending goes into the ledger, together with how far the queues were read.
 
-    1 cut      on the shard's loop: pending, positions and finished segments, all as of one instant; pending is empty again
+    1 cut      on the shard's loop: pending, positions, ids and finished segments, all as of one instant; pending is empty again
     2 absolute in the flush thread: base + delta for every name, base from the cache or else the ledger; which statuses move
-    3 commit   rows, positions, rows of segments that are gone for good, tallies, flush number: one transaction
+    3 commit   rows, positions, ids, rows of segments that are gone for good, tallies, flush number: one transaction
     4 retire   unlink the finished segments and sync the folder; the next flush drops their rows
     5 fold     on the loop: the absolute counts go into the cache, and cut and counts are dropped in the same turn
 
@@ -21,6 +21,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from catchall.engine.cache import TwoGenerations
+from catchall.engine.ids import IdCut
 from catchall.engine.pending import Delta, Pending
 from catchall.engine.queue_reader import QueueReader
 from catchall.engine.rules import status
@@ -38,6 +39,7 @@ class Flush:
     positions: dict[str, Position]
     finished: list[str]
     gone: list[str]
+    ids: IdCut
     counts: dict[str, int] = field(default_factory=dict)  # absolute, packed; grows until the transaction begins
     rows: list[Row] = field(default_factory=list)  # sorted by name; absolute counts, times of this cut
     new_names: set[str] = field(default_factory=set)
@@ -58,7 +60,7 @@ class Flush:
         self.events = sum(d.delivered for d in deltas.values()), sum(d.bounced for d in deltas.values())
         self.tallies = tallies = self._absolute(deltas, ledger, cache)
         try:
-            self.number = ledger.write(self.rows, self.positions, self.gone, tallies)
+            self.number = ledger.write(self.rows, self.positions, self.gone, tallies, self.ids.changes)
         except LedgerFull as full:
             self.full = full
             return

@@ -110,6 +110,11 @@ HTTP = (
 SHARD = (
     Metric("shard", "counter", "catchall_events_counted_total", "Events counted by shards, after they were recorded.",
            ("type",), _labelled("delivered", "bounced")),
+    Metric("shard", "counter", "catchall_events_duplicate_total", "Events that were not counted because their id had been "
+           "counted before. Growing: a sender or a proxy sends again; look for time-outs there."),
+    Metric("shard", "gauge", "catchall_ids_held", "Ids and keys that are remembered, at most ids.max a shard.", merge="each"),
+    Metric("shard", "gauge", "catchall_ids_window_seconds", "A resend within so many seconds is recognised for sure. Below "
+           "ids.window: more ids come than ids.max remembers.", merge="each"),
     Metric("shard", "gauge", "catchall_queue_backlog_bytes", "Recorded and not yet counted. Growing: intake is faster than "
            "this shard.", merge="each"),
     Metric("shard", "gauge", "catchall_pending_names", "Names with counts that are not yet in the ledger.", merge="each"),

@@ -23,6 +23,7 @@ from catchall.engine.data_folder import partition_folder, queue_folder
 from catchall.engine.disk import Disk, try_lock
 from catchall.engine.flush import Flush
 from catchall.engine.folder_watch import FolderWatch
+from catchall.engine.ids import Ids
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import QueueReader
 from catchall.engine.rules import status
@@ -49,6 +50,8 @@ class PartitionOptions:
     cache_names: int
     pending_names_max: int  # a drain stops here until a flush has begun
     keep_rows: bool  # for a push
+    ids_max: int  # held of one partition
+    ids_window: float  # seconds
     disk: Disk
     watch: FolderWatch | None = None
 
@@ -65,6 +68,8 @@ class Partition:
         # Everything acknowledged before these (unix ns) is in the last commit; in the last cut. 0: not known yet.
         self.cut_at_ns = self._last_cut_ns = 0
         self.recent = RecentRows() if options.keep_rows else None
+        held, service_seconds = self.ledger.ids(), self.ledger.meta.service_seconds
+        self.ids = Ids(held, service_seconds, number_max=options.ids_max, window_s=options.ids_window)
         self.reader = QueueReader(
             str(queue_folder(options.root, number)),
             partition=number,
@@ -72,6 +77,7 @@ class Partition:
             host_id=bytes.fromhex(options.host_id),
             positions=positions,
             disk=options.disk,
+            ids=self.ids,
             watch=options.watch,
         )
         self._droppable: list[str] = []
@@ -173,8 +179,8 @@ class Partition:
 
     @property
     def full(self) -> bool:
-        """So many names are pending that a flush has to come first."""
-        return self.pending.names >= self._options.pending_names_max
+        """So many names or new ids are pending that a flush has to come first."""
+        return max(self.pending.names, self.ids.pending) >= self._options.pending_names_max
 
     def catch_up(self) -> bool:
         """Discover, and drain what is published now. False: not yet, a flush has to make room first."""
@@ -225,12 +231,14 @@ class Partition:
     @property
     def due(self) -> bool:
         """Whether a flush has anything to do."""
-        return self.flight is None and bool(self.pending or self._droppable or self.reader.has_finished)
+        return self.flight is None and bool(
+            self.pending or self.ids.dirty or self._droppable or self.reader.has_finished
+        )
 
     def begin_flush(self) -> Flush:
         """Step 1: the cut."""
         positions, finished = self.reader.cut()
-        flight = Flush(self.pending, positions, finished, self._droppable)
+        flight = Flush(self.pending, positions, finished, self._droppable, self.ids.cut())
         self.pending, self._droppable = Pending(), []
         self._last_cut_ns = self.reader.caught_up_ns
         self.flight = flight
@@ -244,6 +252,7 @@ class Partition:
             self.pending = flight.cut
             self._droppable = flight.gone
             self.reader.uncut(flight.positions)
+            self.ids.uncut(flight.ids)
         else:
             self.cache.update(flight.counts)
             self.cut_at_ns = self._last_cut_ns

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping
 from catchall.engine import segment
 from catchall.engine.disk import Disk, try_lock
 from catchall.engine.folder_watch import FolderWatch
+from catchall.engine.ids import Ids, Repeats
 from catchall.engine.pending import Pending
 from catchall.engine.segment import HEADER_SIZE, PUBLISHED, SEALED, BadSegment
 from catchall.storage.ledger import Position
@@ -34,6 +35,7 @@ log = logging.getLogger("catchall.queues")
 
 SLICE = 128 << 10  # bytes of a slice: larger ones count slower, and delay answers
 UNWRITTEN_WAIT_S = 1.0  # how long what contradicts itself may be a store that has not arrived yet
+PAST_SEGMENTS = 64  # retired ones of which it is still known which lines were repeats
 TRY_LATER = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # these say nothing about the file
 
 
@@ -41,7 +43,7 @@ class ReadSegment:
     """One segment that is being read."""
 
     __slots__ = (
-        "checked", "clock", "consumed", "fd", "final", "map", "name", "orphaned", "path", "payload_size", "seen",
+        "checked", "clock", "consumed", "fd", "final", "map", "name", "orphaned", "path", "payload_size", "repeats", "seen",
         "unwritten_since", "words",
     )  # fmt: skip
 
@@ -50,6 +52,7 @@ class ReadSegment:
         self.map = mmap.mmap(fd, HEADER_SIZE + payload_size, prot=mmap.PROT_READ)
         self.words = memoryview(self.map)[:HEADER_SIZE].cast("Q")
         self.consumed, self.clock = position.consumed, position.clock
+        self.repeats = Repeats(self.consumed)
         self.final: int | None = None  # length, once it is known that nothing will follow
         self.orphaned = False  # its writer is dead: neither word will change
         self.seen = -1  # `published` when the writer's life was last checked
@@ -76,7 +79,7 @@ class QueueReader:
 
     def __init__(
         self, folder: str, *, partition: int, boot_id: bytes, host_id: bytes, positions: Mapping[str, Position], disk: Disk,
-        watch: FolderWatch | None = None,
+        ids: Ids, watch: FolderWatch | None = None,
     ) -> None:
         self.folder, self._partition, self._boot_id, self._host_id, self._disk = folder, partition, boot_id, host_id, disk
         self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # listing by it saves a system call
@@ -84,6 +87,8 @@ class QueueReader:
         if watch is not None:
             watch.add(folder)
         self._segments: dict[str, ReadSegment] = {}
+        self._ids = ids
+        self._past: dict[str, Repeats] = {}  # of the last segments that were retired
         self._known = dict(positions)  # segments that are not open here: finished ones, or not yet discovered
         self._changed: set[str] = set()  # positions that moved since the last cut
         self._ignored: set[str] = set()
@@ -266,17 +271,23 @@ class QueueReader:
         if b"\0" in chunk or chunk[-1:] != b"\n":
             return self._unwritten(found, chunk, pending)
         found.unwritten_since = None
-        found.clock = pending.count(chunk, found.clock)
-        self._advance(found, len(chunk))
+        self._count(found, chunk, pending)
         return len(chunk)
+
+    def _count(self, found: ReadSegment, chunk: bytes, pending: Pending) -> None:
+        """Count whole lines, and be past them."""
+        size = len(chunk)
+        if b"#" in chunk or b"=" in chunk:  # in no line without an id or a key
+            chunk = self._ids.count(chunk, found.consumed, found.repeats)
+        found.clock = pending.count(chunk, found.clock)
+        self._advance(found, size)
 
     def _unwritten(self, found: ReadSegment, chunk: bytes, pending: Pending) -> int:
         """A NUL or half a line below `published`: take what is whole, look again at once, and after a second skip the rest."""
         nul = chunk.find(b"\0")
         whole = chunk.rfind(b"\n", 0, nul if nul >= 0 else len(chunk)) + 1
         if whole:
-            found.clock = pending.count(chunk[:whole], found.clock)
-            self._advance(found, whole)
+            self._count(found, chunk[:whole], pending)
             return whole
         if not self._lasts(found):
             return 0
@@ -340,7 +351,18 @@ class QueueReader:
         for name in gone:
             found = self._segments.pop(name, None)
             if found is not None:
+                self._past[name] = found.repeats
                 found.close()
+        while len(self._past) > PAST_SEGMENTS:
+            del self._past[next(iter(self._past))]
+
+    def repeats(self, name: str, start: int, end: int) -> int | None:
+        """How many events of a segment's payload[start:end] were repeats; None if that is not known, or not any more."""
+        found = self._segments.get(name)
+        if found is not None:
+            return found.repeats.between(start, end) if found.consumed >= end else None
+        past = self._past.get(name)
+        return None if past is None else past.between(start, end)
 
     def rows_without_a_file(self) -> list[str]:
         """Rows of the ledger whose segments are gone for good. Only at start, after the folder was synced and discovered."""

@@ -109,19 +109,22 @@ class QueueSet:
             except OSError as error:
                 log.error("the last sync of %s failed: %s", queue.folder, error)
 
-    async def record(self, blobs: Mapping[int, bytes]) -> None:
+    async def record(self, blobs: Mapping[int, bytes], places: list[bytes] | None = None) -> None:
         """Record event lines, given as {partition: lines}. On return they survive the death of any process.
 
+        places  gets where they are, for the question REPEATS of shard_protocol
         Waits   for room, at most `hold` seconds; under `always` also for one fdatasync shared by all who wait.
         Raises  Refused: nothing was recorded, except after reason `sync`.
         """
         if self._commit is not None:
-            await self._commit.record(blobs)
+            await self._commit.record(blobs, places)
             return
         await self.make_room(blobs)
         for partition, lines in blobs.items():
             appended = self._queues[partition].append(lines)
             assert appended, "room was made, and nothing ran in between"
+            if places is not None:
+                places.append(self._queues[partition].place(len(lines)))
             self._slot.cells[APPENDED_BYTES] += len(lines)
 
     async def make_room(self, blobs: Mapping[int, bytes]) -> None:
@@ -244,13 +247,13 @@ class _GroupCommit:
 
     def __init__(self, owner: QueueSet, queues: list[EventQueue], syncer: ThreadPoolExecutor) -> None:
         self._owner, self._queues, self._syncer = owner, queues, syncer
-        self._waiting: list[tuple[Mapping[int, bytes], asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Mapping[int, bytes], asyncio.Future[None], list[bytes] | None]] = []
         self._task: asyncio.Task[None] | None = None
 
-    async def record(self, blobs: Mapping[int, bytes]) -> None:
+    async def record(self, blobs: Mapping[int, bytes], places: list[bytes] | None) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         await self._owner.make_room(blobs)
-        self._waiting.append((blobs, done))
+        self._waiting.append((blobs, done, places))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
         await done
@@ -265,19 +268,21 @@ class _GroupCommit:
             group, self._waiting = [entry for entry in self._waiting if not entry[1].done()], []
             touched: set[int] = set()
             staged = []
-            for blobs, done in group:
+            for blobs, done, places in group:
                 if all(self._fits(p, len(lines), p in touched) for p, lines in blobs.items()):
                     for partition, lines in blobs.items():
                         fitted = self._queues[partition].stage(lines)
                         assert fitted, "it was just found to fit"
+                        if places is not None:
+                            places.append(self._queues[partition].place(len(lines)))
                     touched.update(blobs)
                     staged.append((blobs, done))
                 else:
-                    self._waiting.append((blobs, done))
+                    self._waiting.append((blobs, done, places))
             if not group:
                 return
             if not staged:  # others used up the room that the first of them found
-                blobs, done = self._waiting[0]
+                blobs, done, _ = self._waiting[0]
                 try:
                     await self._owner.make_room(blobs)
                 except Refused as refused:

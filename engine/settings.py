@@ -118,6 +118,13 @@ class Cache(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     paths: Annotated[int, count(0, 100_000_000)] = 100_000
 
 
+class Ids(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is remembered, so that a resend counts once."""
+
+    max: Annotated[int, count(1, 1_000_000_000)] = 1_048_576
+    window: Annotated[float, seconds(1.0, 366 * 24 * HOUR)] = 48 * HOUR
+
+
 class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one request may ask for."""
 
@@ -150,6 +157,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     mongodb: MongoDB = field(default_factory=MongoDB)
     rules: Rules = field(default_factory=Rules)
     cache: Cache = field(default_factory=Cache)
+    ids: Ids = field(default_factory=Ids)
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
     log: Log = field(default_factory=Log)

@@ -58,6 +58,9 @@ FLUSH_TIME = metric_names.Histogram("catchall_flush_duration_seconds")
 FLUSH_ROWS = metric_names.cell("catchall_flush_rows_total")
 FLUSH_FAILURES = metric_names.cell("catchall_flush_failures_total")
 FLUSH_SUCCESS = metric_names.cell("catchall_flush_last_success_timestamp_seconds")
+REPEATS = metric_names.cell("catchall_events_duplicate_total")
+IDS_HELD = metric_names.cell("catchall_ids_held")
+IDS_WINDOW = metric_names.cell("catchall_ids_window_seconds")
 BAD_LINES = metric_names.cell("catchall_queue_bad_lines_total")
 UNVERIFIED = metric_names.cell("catchall_queue_unverified_bytes_total")
 CORRUPT_FILES = metric_names.cell("catchall_corrupt_files_total")
@@ -118,6 +121,8 @@ class Shard:
             cache_names=config.cache.names // manifest.partitions if config.cache.enabled else 0,
             pending_names_max=max(1000, 2 * config.storage.flush_rows // len(numbers)),
             keep_rows=config.storage.kind == "mongodb",
+            ids_max=max(1, config.ids.max * shards // manifest.partitions),
+            ids_window=config.ids.window,
             disk=DISK,
             watch=self._watch,
         )
@@ -297,6 +302,7 @@ class Shard:
         delivered, bounced = flight.events
         cells[COUNTED[0]] += delivered
         cells[COUNTED[1]] += bounced
+        cells[REPEATS] += flight.ids.repeats
         self._note_bad_lines(partition, flight.bad_lines + flight.cut.bad_lines)
 
     def _note_bad_lines(self, partition: Partition, bad: int) -> None:
@@ -321,6 +327,8 @@ class Shard:
         partitions = self._partitions
         self._note_backlog()
         cells[PENDING_NAMES] = sum(partition.pending.names for partition in partitions)
+        cells[IDS_HELD] = sum(len(partition.ids) for partition in partitions)
+        cells[IDS_WINDOW] = int(min(partition.ids.window_s for partition in partitions))
         cells[CACHED_NAMES] = sum(len(partition.cache) for partition in partitions)
         total = sum((partition.ledger.meta.tallies for partition in partitions), Tallies())
         for at, value in zip(DOMAINS, (total.catch_all, total.not_catch_all, total.unknown), strict=True):

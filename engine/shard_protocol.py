@@ -6,6 +6,9 @@
     COUNTS    names, a newline between them          delivered, bounced (8 + 8) for each, in the same order
     STATS     nothing                                STATS_ANSWER
     PING      nothing                                one byte: 1 ready, 2 ready but degraded
+    KEY       KEY_QUESTION                           the digest for which the key was first used; nothing if it is not held
+    REPEATS   PLACE for each partition               how many events there were repeats (8), in all; UNKNOWN if that is not
+                                                     known any more
 
 Requests may be pipelined; answers come in any order. The requests of one turn of a worker's loop travel as one COUNTS. The
 socket lies in the data folder, whose path may be longer than a socket's address can hold, so both ends reach it through
@@ -18,10 +21,14 @@ import os
 import struct
 from pathlib import Path
 
-COUNTS, STATS, PING = 1, 2, 3
+COUNTS, STATS, PING, KEY, REPEATS = 1, 2, 3, 4, 5
 REQUEST = struct.Struct("<IIB")
 ANSWER = struct.Struct("<II")
 COUNT_PAIR = struct.Struct("<QQ")
+KEY_QUESTION = struct.Struct("<H16s")  # partition, key
+PLACE = struct.Struct("<H8sQQ")  # partition, name of a segment, start and end of lines in its payload
+REPEATS_ANSWER = struct.Struct("<Q")
+UNKNOWN = (1 << 64) - 1
 FRAME_MAX = 16 << 20  # bytes; more is no request of ours
 
 # catch_all, not_catch_all, unknown, as of (unix ns); then 1 and the same four for all hosts, when several share one MongoDB

@@ -1,4 +1,4 @@
-"""How a shard answers: reads of counts, statistics, and whether it is ready.
+"""How a shard answers: reads of counts, statistics, what became of keys and ids, and whether it is ready.
 
 The requests of one turn are answered together: each partition they touch is listed and drained once, up to what was published
 when they came, so that every one of them sees all that was acknowledged before it was sent. A request waits for a later turn
@@ -10,12 +10,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from zlib import crc32
 
 from catchall.engine.others import Others
 from catchall.engine.partition import Partition
-from catchall.engine.shard_protocol import COUNT_PAIR, COUNTS, PING, STATS, STATS_ANSWER
+from catchall.engine.shard_protocol import (
+    COUNT_PAIR,
+    COUNTS,
+    KEY,
+    KEY_QUESTION,
+    PING,
+    PLACE,
+    REPEATS,
+    REPEATS_ANSWER,
+    STATS,
+    STATS_ANSWER,
+    UNKNOWN,
+)
 from catchall.engine.shard_sockets import Request
 from catchall.storage.counts import DELIVERED_MASK
 from catchall.storage.ledger import Tallies
@@ -55,12 +67,13 @@ class Reads:
         self._partitions, self._count, self._others, self._shared_stats = partitions, partition_count, others, shared_stats
         self._questions: list[_Question] = []
         self._stats: list[Request] = []
+        self._about_ids: list[Request] = []  # KEY and REPEATS
         self.degraded = False
         self.again = False
 
     @property
     def waiting(self) -> bool:
-        return bool(self._questions or self._stats)
+        return bool(self._questions or self._stats or self._about_ids)
 
     def add(self, requests: list[Request]) -> None:
         for request in requests:
@@ -68,6 +81,8 @@ class Reads:
                 self._questions.append(_Question(request, self._count))
             elif request.kind == STATS:
                 self._stats.append(request)
+            elif request.kind in (KEY, REPEATS):
+                self._about_ids.append(request)
             elif request.kind == PING:
                 request.answer(b"\2" if self.degraded else b"\1")
             else:
@@ -86,8 +101,32 @@ class Reads:
                     self._later(question, again=True)
                 else:
                     self._answer(question)
+        if self._about_ids:
+            self._answer_about_ids()
         if self._stats:
             self._answer_stats()
+
+    def _answer_about_ids(self) -> None:
+        """What was decided about keys and ids that were recorded before they were asked about."""
+        requests, self._about_ids = self._about_ids, []
+        for request in requests:
+            if request.kind == KEY:
+                number, key = KEY_QUESTION.unpack(request.payload)
+                if self._caught_up((number,)):
+                    request.answer(self._partitions[number].ids.digest_of(key) or b"")
+                    continue
+            else:
+                places = list(PLACE.iter_unpack(request.payload))
+                if self._caught_up([number for number, *_ in places]):
+                    found = [self._partitions[number].reader.repeats(name.hex(), *at) for number, name, *at in places]
+                    known = [repeats for repeats in found if repeats is not None]
+                    request.answer(REPEATS_ANSWER.pack(sum(known) if len(known) == len(found) else UNKNOWN))
+                    continue
+            self._about_ids.append(request)
+            self.again = True
+
+    def _caught_up(self, numbers: Iterable[int]) -> bool:
+        return all(number in self._partitions and self._partitions[number].catch_up() for number in numbers)
 
     def _later(self, question: _Question, *, again: bool) -> None:
         self._questions.append(question)

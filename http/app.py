@@ -30,6 +30,7 @@ from catchall.http.body import ClientGone, Receive, header
 from catchall.http.domains import VERDICT_START, Domains, Read, verdict
 from catchall.http.events import NOTHING, OK_EMPTY, SIGNS, Events, Write
 from catchall.http.health import HEALTHY, readyz
+from catchall.http.idempotency import HEADER as IDEMPOTENCY_KEY
 from catchall.http.metrics import DURATION, Metrics
 from catchall.http.problems import Response, problem
 from catchall.http.shard_client import ShardUnavailable
@@ -103,7 +104,7 @@ class App:
                 domain = decoded(segments[1])
                 if isinstance(domain, Response):
                     return domain
-                return await self._events.one(path, domain, route)
+                return await self._events.one(path, domain, route, scope["headers"])
             case "bulk":
                 return await self._events.bulk(scope, receive)
             case "domain":
@@ -181,6 +182,9 @@ def make_app() -> Callable[[dict[str, Any], Receive, Send], Awaitable[None]]:
             return
         if method in WRITE_METHODS:
             write = writes.get(path)
+            for name, _ in scope["headers"]:
+                if name == IDEMPOTENCY_KEY:
+                    write = None
             if write is not None:
                 append, line, cell = write
                 count = cells[cell]

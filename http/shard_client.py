@@ -1,4 +1,4 @@
-"""The HTTP worker's end of a shard's socket: asks for counts, statistics and readiness.
+"""The HTTP worker's end of a shard's socket: asks for counts, statistics, keys, repeats and readiness.
 
 All names asked for in one turn of the event loop travel in one frame. While a shard is away its questions wait: they are sent
 again when it is back, which is harmless, since reading changes nothing. A question older than `timeout_s` fails.
@@ -9,12 +9,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from catchall.engine.shard_protocol import ANSWER, COUNT_PAIR, COUNTS, PING, STATS, STATS_ANSWER, SocketAddress, request
+from catchall.engine.shard_protocol import (
+    ANSWER,
+    COUNT_PAIR,
+    COUNTS,
+    KEY,
+    KEY_QUESTION,
+    PING,
+    REPEATS,
+    REPEATS_ANSWER,
+    STATS,
+    STATS_ANSWER,
+    UNKNOWN,
+    SocketAddress,
+    request,
+)
 
 log = logging.getLogger("catchall.reads")
 
@@ -78,14 +92,22 @@ class ShardClient(asyncio.Protocol):
         """One byte, as in shard_protocol. Raises ShardUnavailable."""
         return self._ask_one(PING, bytes)
 
-    def _ask_one(self, kind: int, parse: Callable[[bytes], Any]) -> asyncio.Future[Any]:
+    def digest_of(self, partition: int, key: bytes) -> asyncio.Future[bytes]:
+        """The digest for which a key was first used, empty if it is not held. Raises ShardUnavailable."""
+        return self._ask_one(KEY, bytes, KEY_QUESTION.pack(partition, key))
+
+    def repeats(self, places: Sequence[bytes]) -> asyncio.Future[int | None]:
+        """How many events recorded at these places were repeats; None if that is not known. Raises ShardUnavailable."""
+        return self._ask_one(REPEATS, _known_repeats, b"".join(places))
+
+    def _ask_one(self, kind: int, parse: Callable[[bytes], Any], payload: bytes = b"") -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = self._loop.create_future()
 
         def take(answer: bytes) -> None:
             if not future.done():
                 future.set_result(parse(answer))
 
-        self._ask(kind, b"", take, [future])
+        self._ask(kind, payload, take, [future])
         return future
 
     def _ask(
@@ -163,6 +185,11 @@ class ShardClient(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
         self._address.close()
+
+
+def _known_repeats(answer: bytes) -> int | None:
+    repeats: int = REPEATS_ANSWER.unpack(answer)[0]
+    return None if repeats == UNKNOWN else repeats
 
 
 def _take_counts(futures: list[asyncio.Future[tuple[int, int]]], answer: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The ledger of one partition: one SQLite file that holds counts, reading positions and tallies, changed only together.
+"""The ledger of one partition: one SQLite file that holds counts, reading positions, ids and tallies, changed only together.
 
 One connection ever, in one process, with the file locked. Under synchronous=FULL a COMMIT that returned is durable. Two
 threads share the connection: a flush writes while reads go on. Each statement runs under a lock, so a read waits for one
@@ -25,7 +25,7 @@ from uuid import uuid4
 
 from catchall.storage.counts import Row, pack
 
-FORMAT = 1
+FORMAT = 2
 ROWS_PER_STATEMENT = 250
 NAMES_PER_LOAD = 500
 ROWS_PER_SCAN = 2000
@@ -40,6 +40,8 @@ _UPSERT = """insert into domain values {values} on conflict (name) do update set
 _UPSERT_ONE = _UPSERT.format(values="(?,?,?,?,?,?,?,?)")
 _UPSERT_MANY = _UPSERT.format(values=",".join(["(?,?,?,?,?,?,?,?)"] * ROWS_PER_STATEMENT))
 _LOAD = "select name, delivered, bounced, flush, chk from domain where name in ({})"
+_INSERT_IDS = "insert or replace into id values {}"
+_DELETE_IDS = "delete from id where hash in ({})"
 _LOAD_MANY = _LOAD.format(",".join("?" * NAMES_PER_LOAD))
 
 # SQLite's primary result codes that say what a failed statement means for the transaction.
@@ -76,12 +78,22 @@ class Meta:
     flush: int
     pushed: int
     tallies: Tallies
+    service_seconds: int
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
     consumed: int
     clock: int
+
+
+@dataclass(frozen=True, slots=True)
+class IdChanges:
+    """What a flush changes in the table of ids.   new: (hash, digest, age).   gone: hashes."""
+
+    new: Sequence[tuple[bytes, bytes | None, int]] = ()
+    gone: Sequence[bytes] = ()
+    service_seconds: int = 0
 
 
 def check_of(name: str, delivered: int, bounced: int, flush: int) -> int:
@@ -137,22 +149,25 @@ class Ledger:
         for statement in files("catchall.storage").joinpath("schema.sql").read_text().split(";\n"):
             if statement.strip():
                 run(statement)
+        if run("select format from meta").fetchone() == (1,):  # it had no ids
+            run("alter table meta add column service_seconds integer not null default 0")
+            run("update meta set format = ?", (FORMAT,))
         run(
-            "insert or ignore into meta values (1, ?, ?, ?, ?, ?, ?, 0, 0, ?, 0, 0, 0, 0)",
+            "insert or ignore into meta values (1, ?, ?, ?, ?, ?, ?, 0, 0, ?, 0, 0, 0, 0, 0)",
             (FORMAT, str(uuid4()), host, component, partition, partitions, self.threshold),
         )
         run("update meta set opened = opened + 1")
         run("commit")
         row = run(
             "select format, host, partition, partitions, component, flush, pushed, threshold, "
-            "catch_all, not_catch_all, unknown from meta"
+            "catch_all, not_catch_all, unknown, service_seconds from meta"
         ).fetchone()
         if row[:4] != (FORMAT, host, partition, partitions):
             raise LedgerDamaged(
                 f"{self.path} says format {row[0]}, host {row[1]}, partition {row[2]} of {row[3]}; "
                 f"this is format {FORMAT}, host {host}, partition {partition} of {partitions}"
             )
-        self.meta = Meta(row[4], row[5], row[6], Tallies(*row[8:]))
+        self.meta = Meta(row[4], row[5], row[6], Tallies(*row[8:11]), row[11])
         if row[7] != self.threshold:
             self.meta.tallies = self._count_tallies()
             run(
@@ -188,6 +203,11 @@ class Ledger:
         with self._statement(), _failures_explained(self.path):
             return {name: Position(*rest) for name, *rest in self._db.execute("select name, consumed, clock from segment")}
 
+    def ids(self) -> list[tuple[bytes, bytes | None, int]]:
+        """The ids that are held, oldest first: (hash, digest, age)."""
+        with self._statement(), _failures_explained(self.path):
+            return self._db.execute("select hash, digest, age from id order by age").fetchall()
+
     def load(self, names: Sequence[str]) -> dict[str, int]:
         """The packed counts of those names that have a row. A row under an open transaction of `write` counts as it is."""
         found: dict[str, int] = {}
@@ -208,14 +228,15 @@ class Ledger:
         positions: Mapping[str, Position],
         gone: Sequence[str],
         tallies: Tallies,
+        ids: IdChanges | None = None,
     ) -> int:
-        """One flush: rows, positions, the rows of segments whose unlink is durable, tallies. Returns its number.
+        """One flush: rows, positions, the rows of segments whose unlink is durable, tallies, ids. Returns its number.
 
         rows    sorted by name
         Raises  LedgerFull: rolled back, nothing happened. Any other error: the outcome is unknown, and the process must
                 exit and open the ledger anew.
         """
-        number = self.meta.flush + 1
+        number, seconds = self.meta.flush + 1, self.meta.service_seconds
         with self._transaction:
             self._run("begin immediate")
             try:
@@ -231,9 +252,12 @@ class Ledger:
                     self._run("insert or replace into segment values (?, ?, ?)", (name, position.consumed, position.clock))
                 for name in gone:
                     self._run("delete from segment where name = ?", (name,))
+                if ids is not None:
+                    self._write_ids(ids)
+                    seconds = ids.service_seconds
                 self._run(
-                    "update meta set flush = ?, catch_all = ?, not_catch_all = ?, unknown = ?",
-                    (number, tallies.catch_all, tallies.not_catch_all, tallies.unknown),
+                    "update meta set flush = ?, catch_all = ?, not_catch_all = ?, unknown = ?, service_seconds = ?",
+                    (number, tallies.catch_all, tallies.not_catch_all, tallies.unknown, seconds),
                 )
                 self.in_commit = True
                 self._run("commit")
@@ -243,10 +267,18 @@ class Ledger:
                 raise
             finally:
                 self.in_commit = False
-        self.meta.flush, self.meta.tallies = number, tallies
+        self.meta.flush, self.meta.tallies, self.meta.service_seconds = number, tallies, seconds
         return number
 
-    def _run(self, statement: str, values: Sequence[str | int] = ()) -> None:
+    def _write_ids(self, ids: IdChanges) -> None:
+        for at in range(0, len(ids.new), ROWS_PER_STATEMENT):
+            some = ids.new[at : at + ROWS_PER_STATEMENT]
+            self._run(_INSERT_IDS.format(",".join(["(?,?,?)"] * len(some))), [field for row in some for field in row])
+        for at in range(0, len(ids.gone), NAMES_PER_LOAD):
+            hashes = ids.gone[at : at + NAMES_PER_LOAD]
+            self._run(_DELETE_IDS.format(",".join("?" * len(hashes))), hashes)
+
+    def _run(self, statement: str, values: Sequence[str | int | bytes | None] = ()) -> None:
         with self._statement(), _failures_explained(self.path):
             self._db.execute(statement, values)
 

@@ -17,6 +17,12 @@ create table if not exists segment (
     clock    integer not null             -- the second told by the last clock line below `consumed`
 ) strict, without rowid;
 
+create table if not exists id (            -- of events and requests that are to count once (engine/ids.py)
+    hash   blob primary key,              -- 16 bytes
+    digest blob,                          -- of the request, 16 bytes, if this is an Idempotency-Key
+    age    integer not null               -- meta.service_seconds when it came
+) strict, without rowid;
+
 create table if not exists meta (         -- one row
     one           integer primary key check (one = 1),
     format        integer not null,
@@ -31,5 +37,6 @@ create table if not exists meta (         -- one row
     catch_all     integer not null,       -- tallies: domains by status
     not_catch_all integer not null,
     unknown       integer not null,
-    opened        integer not null        -- how often it was opened
+    opened        integer not null,       -- how often it was opened
+    service_seconds integer not null default 0  -- how long this partition was in service; ages of ids count in these
 ) strict;

@@ -26,6 +26,7 @@ from catchall.engine.data_folder import make_partitions, queue_folder
 from catchall.engine.disk import DISK, Disk
 from catchall.engine.event_queue import EventQueue, OpenSegment
 from catchall.engine.flush import Flush
+from catchall.engine.ids import Ids
 from catchall.engine.partition import Partition, PartitionOptions, lock_partition
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import QueueReader
@@ -216,8 +217,9 @@ def new_reader(
     folder: Path, *, boot: bytes = BOOT, positions: Mapping[str, Position] | None = None, disk: Disk = DISK
 ) -> QueueReader:
     return QueueReader(
-        str(folder), partition=0, boot_id=boot, host_id=bytes.fromhex(HOST), positions=positions or {}, disk=disk
-    )
+        str(folder), partition=0, boot_id=boot, host_id=bytes.fromhex(HOST), positions=positions or {}, disk=disk,
+        ids=Ids([], 0, number_max=1000, window_s=3600.0),
+    )  # fmt: skip
 
 
 def counts_of(pending: Pending) -> dict[str, tuple[int, int]]:
@@ -259,6 +261,8 @@ class Host:
             "cache_names": 100,
             "pending_names_max": 100_000,
             "keep_rows": False,
+            "ids_max": 1000,
+            "ids_window": 3600.0,
             "disk": disk,
         }
         lock = lock_partition(self.root, partition, DISK)

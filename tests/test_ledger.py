@@ -186,7 +186,7 @@ def test_a_file_that_is_no_ledger_is_refused(opened, path, damage):
 @pytest.mark.parametrize("other", [{"host": "b0" * 16}, {"partition": 2}, {"partitions": 5}])
 def test_the_ledger_of_another_folder_or_partition_is_refused(opened, other):
     opened().write([ROW], {}, [], T())
-    with pytest.raises(LedgerDamaged, match="this is format 1"):
+    with pytest.raises(LedgerDamaged, match="this is format 2"):
         opened(**other)
     assert rows_of(opened()) == [ROW]
 

@@ -18,6 +18,7 @@ from catchall.engine import queue_set
 from catchall.engine.data_folder import make_partitions, queue_folder
 from catchall.engine.disk import DISK, Disk
 from catchall.engine.event_queue import OpenSegment
+from catchall.engine.ids import Ids
 from catchall.engine.metrics_page import MetricsPage
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import QueueReader
@@ -66,7 +67,13 @@ class Readers:
         self.pending = [Pending() for _ in range(PARTITIONS)]
         self.readers = [
             QueueReader(
-                str(queue_folder(root, p)), partition=p, boot_id=BOOT, host_id=bytes.fromhex(HOST), positions={}, disk=DISK
+                str(queue_folder(root, p)),
+                partition=p,
+                boot_id=BOOT,
+                host_id=bytes.fromhex(HOST),
+                positions={},
+                disk=DISK,
+                ids=Ids([], 0, number_max=1000, window_s=3600.0),
             )
             for p in range(PARTITIONS)
         ]

@@ -35,6 +35,7 @@ from typing import Any
 
 from catchall.engine.disk import DISK, boot_id
 from catchall.engine.event_queue import EventQueue
+from catchall.engine.ids import Ids
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import QueueReader
 
@@ -249,7 +250,8 @@ def _read_ours(context: Any, events: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         producer = context.Process(target=_produce_to_ours, args=(folder, events))
         producer.start()
-        reader = QueueReader(folder, partition=0, boot_id=boot_id(), host_id=bytes(16), positions={}, disk=DISK)
+        ids = Ids([], 0, number_max=1, window_s=1.0)  # its events have none
+        reader = QueueReader(folder, partition=0, boot_id=boot_id(), host_id=bytes(16), positions={}, disk=DISK, ids=ids)
         pending = Pending()
         started = None
         while sum(counted(pending)) < events:

@@ -1,0 +1,208 @@
+"""What makes a resend count once: the ids of one partition that were counted, an exact set with a bounded window. Pure.
+
+Event id    of an event that its sender gave an `id`: a hash of that, the kind and the name, so that one message id may serve
+            for a delivery and for a bounce.
+Key         an Idempotency-Key. Its line, with a digest of the whole request, goes to the partition that the key's own hash
+            names; the first digest recorded there is the one that holds. Only then are the request's events recorded, each
+            with an id made of key, digest and its index, so that a repeat counts whatever part of it was not counted before.
+Decided     in the drain and nowhere else: lines of one partition are read by one process, one after the other. What was
+            decided since a cut is durable together with the counts and positions of that cut, or not at all.
+Window      an id is forgotten when `number_max` later ones are held, or `window_s` seconds after it came. Seconds are those
+            that this partition was in service: they do not grow while it is down, nor jump with the wall clock.
+Repeats     for each segment the offsets of the lines that were repeats, so that who wrote them can ask how many there were.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+
+from catchall.engine import lines
+from catchall.storage.ledger import IdChanges
+
+ID_BYTES = 16
+INDEX_DIGITS = 8
+REPEATS_MAX = 1 << 16  # remembered of one segment
+HeldId = tuple[bytes, bytes | None, int]  # as in storage.ledger.IdChanges
+
+
+def event_id(given: str, sign: bytes, name: bytes) -> bytes:
+    """The id, in hex digits, of an event to which its sender gave an id. `name` is in normal form, which has no NUL."""
+    return blake2b(b"%b%b\0%b" % (sign, name, given.encode()), digest_size=ID_BYTES, person=b"event").hexdigest().encode()
+
+
+def key_id(given: bytes) -> bytes:
+    """The hash of an Idempotency-Key, in hex digits."""
+    return blake2b(given, digest_size=ID_BYTES, person=b"key").hexdigest().encode()
+
+
+def request_digest(content: bytes) -> bytes:
+    """What tells the request of a key from any other request, in hex digits."""
+    return blake2b(content, digest_size=ID_BYTES, person=b"request").hexdigest().encode()
+
+
+def ids_of_request(key: bytes, digest: bytes) -> Callable[[int], bytes]:
+    """index -> the id, in hex digits, of that event of a request with a key."""
+    start = blake2b(key + digest, digest_size=ID_BYTES, person=b"index").hexdigest().encode()[:-INDEX_DIGITS]
+    return lambda index: b"%b%08x" % (start, index)
+
+
+@dataclass(frozen=True, slots=True)
+class IdCut:
+    """What a flush makes durable, and how many events were repeats since the last one."""
+
+    changes: IdChanges
+    repeats: int
+
+
+class Ids:
+    """The ids that one partition holds.
+
+    held             what the ledger knows, oldest first
+    service_seconds  what the ledger says of them
+    clock            monotonic seconds
+    """
+
+    def __init__(
+        self, held: Iterable[HeldId], service_seconds: int, *, number_max: int, window_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._held: dict[bytes, tuple[int, bytes | None]] = {hash: (age, digest) for hash, digest, age in held}
+        self._number_max, self._window_s, self._clock = number_max, window_s, clock
+        self._start = clock() - service_seconds
+        self._new: list[bytes] = []
+        self._forgotten: list[bytes] = []
+        self._repeats = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def service_seconds(self) -> int:
+        return int(self._clock() - self._start)
+
+    @property
+    def window_s(self) -> float:
+        """An id that came less than so many seconds ago is known for sure."""
+        if len(self._held) < self._number_max:
+            return self._window_s
+        return min(self._window_s, self.service_seconds - next(iter(self._held.values()))[0])
+
+    def count(self, chunk: bytes, at: int, repeats: Repeats) -> bytes:
+        """Take the ids out of whole lines: new ones are held from now on, and lines whose id is held are left out.
+
+        at       offset of the chunk in its segment's payload
+        repeats  of that segment
+        """
+        kept: list[bytes] = []
+        entry = (self.service_seconds, None)
+        for line in chunk.split(b"\n"):
+            sign = line[:1]
+            if sign == lines.KEY:
+                if self._claim(line, entry[0]):
+                    at += len(line) + 1
+                    continue
+            elif lines.ID in line:
+                event, _, digits = line.partition(b" #")
+                hash = lines.id_of(digits)
+                if hash is not None:
+                    if hash in self._held:
+                        parsed = lines.parse(event)
+                        repeats.add(at, 0 if parsed is None else parsed[1])
+                        self._repeats += 0 if parsed is None else parsed[1]
+                        at += len(line) + 1
+                        continue
+                    self._held[hash] = entry
+                    self._new.append(hash)
+                    at += len(line) + 1
+                    kept.append(event)
+                    continue
+            at += len(line) + 1
+            kept.append(line)
+        return b"\n".join(kept)
+
+    def _claim(self, line: bytes, age: int) -> bool:
+        """Hold the key of a `=` line, unless it is held. False: it is no such line."""
+        key, _, digest = line[1:].partition(b" ")
+        hash, content = lines.id_of(key), lines.id_of(digest)
+        if hash is None or content is None:
+            return False
+        if hash not in self._held:
+            self._held[hash] = (age, content)
+            self._new.append(hash)
+        return True
+
+    def digest_of(self, key: bytes) -> bytes | None:
+        """The digest (16 bytes) for which a key (16 bytes) was first used; None if it is not held."""
+        entry = self._held.get(key)
+        return None if entry is None else entry[1]
+
+    # ---- flush
+
+    @property
+    def pending(self) -> int:
+        """How many ids came since the last cut."""
+        return len(self._new)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether a cut would have something to save."""
+        return bool(self._new or self._forgotten or self._repeats)
+
+    def cut(self) -> IdCut:
+        """What came and what goes, as of now. Ids that leave the window are forgotten here, the oldest first."""
+        held = self._held
+        seconds = self.service_seconds
+        surplus = list(islice(held, max(0, len(held) - self._number_max)))
+        for hash in surplus:
+            del held[hash]
+        outdated = []
+        for hash, (age, _) in held.items():
+            if seconds - age <= self._window_s:
+                break
+            outdated.append(hash)
+        for hash in outdated:
+            del held[hash]
+        new = [(hash, held[hash][1], held[hash][0]) for hash in self._new if hash in held]
+        gone = {*self._forgotten, *surplus, *outdated}  # one may have come back while its flush had no room
+        cut = IdCut(IdChanges(new, [hash for hash in gone if hash not in held], seconds), self._repeats)
+        self._new, self._forgotten, self._repeats = [], [], 0
+        return cut
+
+    def uncut(self, cut: IdCut) -> None:
+        """The flush of that cut did not happen: what it had to save is to be saved by the next one."""
+        self._new = [hash for hash, _, _ in cut.changes.new] + self._new
+        self._forgotten += cut.changes.gone
+        self._repeats += cut.repeats
+
+
+class Repeats:
+    """Which lines of one segment were repeats.
+
+    start   payload offset from which this is known
+    """
+
+    __slots__ = ("_counts", "_offsets", "start")
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self._offsets: list[int] = []
+        self._counts: list[int] = []
+
+    def add(self, offset: int, count: int) -> None:
+        if len(self._offsets) >= REPEATS_MAX:
+            half = REPEATS_MAX // 2
+            self.start = self._offsets[half]
+            del self._offsets[:half], self._counts[:half]
+        self._offsets.append(offset)
+        self._counts.append(count)
+
+    def between(self, start: int, end: int) -> int | None:
+        """How many events of the lines in payload[start:end] were repeats; None if that is not known any more."""
+        if start < self.start:
+            return None
+        return sum(self._counts[bisect.bisect_left(self._offsets, start) : bisect.bisect_left(self._offsets, end)])
