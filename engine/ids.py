@@ -7,8 +7,9 @@ Key         an Idempotency-Key. Its line, with a digest of the whole request, go
             with an id made of key, digest and its index, so that a repeat counts whatever part of it was not counted before.
 Decided     in the drain and nowhere else: lines of one partition are read by one process, one after the other. What was
             decided since a cut is durable together with the counts and positions of that cut, or not at all.
-Window      an id is forgotten when `number_max` later ones are held, or `window_s` seconds after it came. Seconds are those
-            that this partition was in service: they do not grow while it is down, nor jump with the wall clock.
+Window      an id is forgotten `window_s` seconds after it came, or earlier when the partitions of its shard together hold more
+            than a given number (`forget_oldest`). Seconds are those that the partition was in service: they do not grow while
+            it is down, nor jump with the wall clock.
 Repeats     for each segment the offsets of the lines that were repeats, so that who wrote them can ask how many there were.
 """
 
@@ -16,10 +17,10 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, takewhile
 
 from catchall.engine import lines
 from catchall.storage.ledger import IdChanges
@@ -68,11 +69,10 @@ class Ids:
     """
 
     def __init__(
-        self, held: Iterable[HeldId], service_seconds: int, *, number_max: int, window_s: float,
-        clock: Callable[[], float] = time.monotonic,
+        self, held: Iterable[HeldId], service_seconds: int, *, window_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._held: dict[bytes, tuple[int, bytes | None]] = {hash: (age, digest) for hash, digest, age in held}
-        self._number_max, self._window_s, self._clock = number_max, window_s, clock
+        self._window_s, self._clock = window_s, clock
         self._start = clock() - service_seconds
         self._new: list[bytes] = []
         self._forgotten: list[bytes] = []
@@ -86,11 +86,11 @@ class Ids:
         return int(self._clock() - self._start)
 
     @property
-    def window_s(self) -> float:
-        """An id that came less than so many seconds ago is known for sure."""
-        if len(self._held) < self._number_max:
-            return self._window_s
-        return min(self._window_s, self.service_seconds - next(iter(self._held.values()))[0])
+    def oldest_s(self) -> int:
+        """How many seconds ago the oldest id that is held came; 0 if none is."""
+        for came, _ in self._held.values():
+            return self.service_seconds - came
+        return 0
 
     def count(self, chunk: bytes, at: int, repeats: Repeats) -> bytes:
         """Take the ids out of whole lines: new ones are held from now on, and lines whose id is held are left out.
@@ -154,22 +154,13 @@ class Ids:
         return bool(self._new or self._forgotten or self._repeats)
 
     def cut(self) -> IdCut:
-        """What came and what goes, as of now. Ids that leave the window are forgotten here, the oldest first."""
+        """What came and what goes, as of now. Ids whose time is over are forgotten here."""
         held = self._held
         seconds = self.service_seconds
-        surplus = list(islice(held, max(0, len(held) - self._number_max)))
-        for hash in surplus:
-            del held[hash]
-        outdated = []
-        for hash, (age, _) in held.items():
-            if seconds - age <= self._window_s:
-                break
-            outdated.append(hash)
-        for hash in outdated:
-            del held[hash]
+        self._forget(hash for hash in takewhile(lambda hash: seconds - held[hash][0] > self._window_s, held))
         new = [(hash, held[hash][1], held[hash][0]) for hash in self._new if hash in held]
-        gone = {*self._forgotten, *surplus, *outdated}  # one may have come back while its flush had no room
-        cut = IdCut(IdChanges(new, [hash for hash in gone if hash not in held], seconds), self._repeats)
+        gone = [hash for hash in self._forgotten if hash not in held]  # one may have come back since
+        cut = IdCut(IdChanges(new, gone, seconds), self._repeats)
         self._new, self._forgotten, self._repeats = [], [], 0
         return cut
 
@@ -178,6 +169,33 @@ class Ids:
         self._new = [hash for hash, _, _ in cut.changes.new] + self._new
         self._forgotten += cut.changes.gone
         self._repeats += cut.repeats
+
+    def forget_oldest(self, number_max: int) -> int:
+        """Forget ids that came in the same second as the oldest, at most so many; returns how many. At least one is held."""
+        came = next(iter(self._held.values()))[0]
+        oldest = takewhile(lambda hash: self._held[hash][0] == came, self._held)
+        return self._forget(islice(oldest, number_max))
+
+    def _forget(self, hashes: Iterable[bytes]) -> int:
+        forgotten = list(hashes)
+        for hash in forgotten:
+            del self._held[hash]
+        self._forgotten += forgotten
+        return len(forgotten)
+
+
+def forget_oldest(partitions: Sequence[Ids], number_max: int) -> None:
+    """Have the partitions of a shard hold no more than so many ids together: the oldest go first, wherever they are."""
+    surplus = sum(map(len, partitions)) - number_max
+    while surplus > 0:
+        surplus -= max(partitions, key=lambda ids: ids.oldest_s if len(ids) else -1).forget_oldest(surplus)
+
+
+def window_held(partitions: Sequence[Ids], number_max: int, window_s: float) -> float:
+    """A repeat of what came less than so many seconds ago is recognised for sure."""
+    if sum(map(len, partitions)) < number_max:
+        return window_s
+    return min(window_s, max(ids.oldest_s for ids in partitions))
 
 
 class Repeats:

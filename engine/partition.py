@@ -50,8 +50,7 @@ class PartitionOptions:
     cache_names: int
     pending_names_max: int  # a drain stops here until a flush has begun
     keep_rows: bool  # for a push
-    ids_max: int  # held of one partition
-    ids_window: float  # seconds
+    ids_window: float  # seconds for which ids are held
     disk: Disk
     watch: FolderWatch | None = None
 
@@ -69,7 +68,7 @@ class Partition:
         self.cut_at_ns = self._last_cut_ns = 0
         self.recent = RecentRows() if options.keep_rows else None
         held, service_seconds = self.ledger.ids(), self.ledger.meta.service_seconds
-        self.ids = Ids(held, service_seconds, number_max=options.ids_max, window_s=options.ids_window)
+        self.ids = Ids(held, service_seconds, window_s=options.ids_window)
         self.reader = QueueReader(
             str(queue_folder(options.root, number)),
             partition=number,

@@ -30,6 +30,7 @@ from catchall.engine.data_folder import fill_reserve, give_up_reserve
 from catchall.engine.disk import DISK
 from catchall.engine.flush import Flush
 from catchall.engine.folder_watch import FolderWatch
+from catchall.engine.ids import forget_oldest, window_held
 from catchall.engine.metrics_page import DRAINING, READY
 from catchall.engine.others import Others
 from catchall.engine.partition import Partition, PartitionOptions, lock_partition
@@ -82,6 +83,7 @@ class Shard:
         self._epoll.register(self._wake_r, select.EPOLLIN)
         self._watch = FolderWatch()
         self._partitions = self._recover()
+        self._ids = [partition.ids for partition in self._partitions]
         self._by_number = {partition.number: partition for partition in self._partitions}
         self._sockets = Sockets(runtime.run_folder, number, self._epoll)
         mongodb = self._settings.storage.kind == "mongodb"
@@ -121,7 +123,6 @@ class Shard:
             cache_names=config.cache.names // manifest.partitions if config.cache.enabled else 0,
             pending_names_max=max(1000, 2 * config.storage.flush_rows // len(numbers)),
             keep_rows=config.storage.kind == "mongodb",
-            ids_max=max(1, config.ids.max * shards // manifest.partitions),
             ids_window=config.ids.window,
             disk=DISK,
             watch=self._watch,
@@ -267,6 +268,7 @@ class Shard:
             names = sum(partition.pending.names for partition in self._partitions)
             if early and not full and names < self._settings.storage.flush_rows:
                 return
+            forget_oldest(self._ids, self._settings.ids.max)
             self._due = [partition for partition in self._partitions if partition.due and not partition.full] + full
             self._next_flush = now + self._settings.storage.flush_interval
             if not self._due:
@@ -327,8 +329,8 @@ class Shard:
         partitions = self._partitions
         self._note_backlog()
         cells[PENDING_NAMES] = sum(partition.pending.names for partition in partitions)
-        cells[IDS_HELD] = sum(len(partition.ids) for partition in partitions)
-        cells[IDS_WINDOW] = int(min(partition.ids.window_s for partition in partitions))
+        cells[IDS_HELD] = sum(map(len, self._ids))
+        cells[IDS_WINDOW] = int(window_held(self._ids, self._settings.ids.max, self._settings.ids.window))
         cells[CACHED_NAMES] = sum(len(partition.cache) for partition in partitions)
         total = sum((partition.ledger.meta.tallies for partition in partitions), Tallies())
         for at, value in zip(DOMAINS, (total.catch_all, total.not_catch_all, total.unknown), strict=True):

@@ -218,7 +218,7 @@ def new_reader(
 ) -> QueueReader:
     return QueueReader(
         str(folder), partition=0, boot_id=boot, host_id=bytes.fromhex(HOST), positions=positions or {}, disk=disk,
-        ids=Ids([], 0, number_max=1000, window_s=3600.0),
+        ids=Ids([], 0, window_s=3600.0),
     )  # fmt: skip
 
 
@@ -261,7 +261,6 @@ class Host:
             "cache_names": 100,
             "pending_names_max": 100_000,
             "keep_rows": False,
-            "ids_max": 1000,
             "ids_window": 3600.0,
             "disk": disk,
         }

@@ -176,6 +176,12 @@ def test_two_requests_at_once_with_one_key_and_different_content_count_as_one_of
     assert clients[0].counts(domain) == ((1, 0) if good == {0} else (0, 1))
 
 
+def value(client: Client, name: str) -> float:
+    """A metric, all its series added up."""
+    found = [line for line in client.request("GET", "/metrics").body.decode().splitlines() if line.startswith(name)]
+    return sum(float(line.split()[-1]) for line in found)
+
+
 def test_metrics_tell_of_repeats_and_of_the_window(serve: Serve) -> None:
     service = serve("--flush-interval", "20ms")
     client = service.client()
@@ -184,14 +190,24 @@ def test_metrics_tell_of_repeats_and_of_the_window(serve: Serve) -> None:
     service.restart()  # its last flush is done
     client = service.client()
     bulk(client, {"domain": "a.example", "type": "delivered", "id": "m"})
+    eventually("the repeat is told", lambda: value(client, "catchall_events_duplicate_total") == 1)
+    eventually("the id is told", lambda: value(client, "catchall_ids_held") == 1)
+    assert value(client, "catchall_ids_window_seconds") == 48 * 3600
 
-    def value(name: str) -> float:
-        found = [line for line in client.request("GET", "/metrics").body.decode().splitlines() if line.startswith(name)]
-        return sum(float(line.split()[-1]) for line in found)
 
-    eventually("the repeat is told", lambda: value("catchall_events_duplicate_total") == 1)
-    eventually("the id is told", lambda: value("catchall_ids_held") == 1)
-    assert value("catchall_ids_window_seconds") == 48 * 3600
+def test_no_more_ids_are_held_than_the_setting_says(serve: Serve) -> None:
+    few = ("--workers", "1", "--set", "ids.max=100", "--set", "metrics.interval=10ms")
+    service = serve(*few, "--flush-interval", "20ms")
+    client = service.client()
+    events = [{"domain": f"{n % 30}.example", "type": "delivered", "id": str(n)} for n in range(1000)]
+    for at in range(0, 1000, 50):
+        assert told(bulk(client, *events[at : at + 50])) == (50, 0, 0)
+    eventually("the oldest are forgotten", lambda: value(client, "catchall_ids_held") == 100)
+    service.restart(*few, "--flush-interval", "1h")
+    client = service.client()
+    eventually("the ledger holds no more", lambda: value(client, "catchall_ids_held") == 100)
+    assert told(bulk(client, *events)) == (900, 100, 0)
+    service.stop()
 
 
 # ---- when something dies in between

@@ -15,7 +15,7 @@ from test_recovery import leave_for_dead
 
 from catchall.engine import ids, lines
 from catchall.engine.event_queue import EventQueue
-from catchall.engine.ids import Ids, Repeats, event_id, ids_of_request, key_id, request_digest
+from catchall.engine.ids import Ids, Repeats, event_id, forget_oldest, ids_of_request, key_id, request_digest, window_held
 from catchall.engine.pending import Pending
 from catchall.storage.ledger import LedgerFull
 
@@ -30,8 +30,8 @@ class Clock:
         return self.now
 
 
-def new_ids(held: Any = (), service_seconds: int = 0, *, number_max: int = 100, window_s: float = 60.0, **over: Any) -> Ids:
-    return Ids(held, service_seconds, number_max=number_max, window_s=window_s, **over)
+def new_ids(held: Any = (), service_seconds: int = 0, *, window_s: float = 60.0, **over: Any) -> Ids:
+    return Ids(held, service_seconds, window_s=window_s, **over)
 
 
 def line(number: int, name: str = "a.example", count: int = 1) -> bytes:
@@ -123,7 +123,7 @@ def test_the_first_digest_of_a_key_is_the_one_that_holds() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_comes_each_id_counts_once(seed: int) -> None:
-    chance, held, wanted, seen = random.Random(seed), new_ids(number_max=10_000), Counter[str](), set()
+    chance, held, wanted, seen = random.Random(seed), new_ids(), Counter[str](), set()
     pending = Pending()
     for _ in range(50):
         chunk = []
@@ -144,14 +144,24 @@ def test_whatever_comes_each_id_counts_once(seed: int) -> None:
 # ---- the window
 
 
-def test_beyond_the_number_the_oldest_are_forgotten_at_the_cut() -> None:
-    held = new_ids(number_max=3)
-    counted(held, *map(line, range(5)))
-    cut = held.cut()
-    assert [hash for hash, _, _ in cut.changes.new] == [hash_of(n) for n in (2, 3, 4)]
-    assert counted(held, line(4), line(0))[0] == b"+a.example\n"
-    cut = held.cut()
-    assert (cut.changes.gone, len(held)) == ([hash_of(2)], 3)
+def test_beyond_the_number_the_oldest_of_all_partitions_are_forgotten() -> None:
+    clock = Clock()
+    partitions = [new_ids(clock=clock) for _ in range(3)]
+    for number in range(12):
+        counted(partitions[number % 2], line(number))  # the third has none
+        clock.now += 1
+    forget_oldest(partitions, 12)
+    assert [ids.cut().changes.gone for ids in partitions] == [[], [], []]
+    forget_oldest(partitions, 7)
+    assert [ids.cut().changes.gone for ids in partitions] == [[hash_of(n) for n in of] for of in ([0, 2, 4], [1, 3], [])]
+    assert [counted(partitions[n % 2], line(n))[0] for n in (5, 4)] == [b"", b"+a.example\n"]
+
+
+def test_of_many_ids_of_one_second_no_more_are_forgotten_than_need_be() -> None:
+    held = new_ids(clock=Clock())
+    counted(held, *map(line, range(10)))
+    forget_oldest([held], 7)
+    assert held.cut().changes.gone == [hash_of(n) for n in range(3)]
 
 
 def test_an_id_is_forgotten_after_so_much_time_in_service() -> None:
@@ -182,28 +192,27 @@ def test_time_out_of_service_does_not_age_ids() -> None:
 
 def test_the_window_that_is_told_is_what_is_really_held() -> None:
     clock = Clock()
-    held = new_ids(number_max=2, window_s=60.0, clock=clock)
-    assert held.window_s == 60.0
+    partitions = [new_ids(clock=clock), new_ids(clock=clock)]
+    assert window_held(partitions, 2, 60.0) == 60.0
     for number in range(4):
-        counted(held, line(number))
-        held.cut()
+        counted(partitions[number % 2], line(number))
+        forget_oldest(partitions, 2)
         clock.now += 5
-    assert held.window_s == 10  # the older of the two that are held came 10 seconds ago
+    assert window_held(partitions, 2, 60.0) == 10  # the older of the two that are held came 10 seconds ago
 
 
 def test_an_id_that_came_back_after_it_was_forgotten_stays_in_the_ledger() -> None:
     """The flush that was to delete it had no room, and meanwhile it came again."""
-    held = new_ids(number_max=1)
+    held = new_ids()
     counted(held, line(1))
     held.cut()
-    counted(held, line(2))
+    held.forget_oldest(1)
     failed = held.cut()
     assert failed.changes.gone == [hash_of(1)]
     held.uncut(failed)
     counted(held, line(1))
     cut = held.cut()
-    assert [hash for hash, _, _ in cut.changes.new] == [hash_of(1)]
-    assert cut.changes.gone == [hash_of(2)] or cut.changes.gone == []
+    assert ([hash for hash, _, _ in cut.changes.new], cut.changes.gone) == ([hash_of(1)], [])
 
 
 # ---- durable together with the counts

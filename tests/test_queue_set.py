@@ -73,7 +73,7 @@ class Readers:
                 host_id=bytes.fromhex(HOST),
                 positions={},
                 disk=DISK,
-                ids=Ids([], 0, number_max=1000, window_s=3600.0),
+                ids=Ids([], 0, window_s=3600.0),
             )
             for p in range(PARTITIONS)
         ]

@@ -250,7 +250,7 @@ def _read_ours(context: Any, events: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         producer = context.Process(target=_produce_to_ours, args=(folder, events))
         producer.start()
-        ids = Ids([], 0, number_max=1, window_s=1.0)  # its events have none
+        ids = Ids([], 0, window_s=1.0)  # its events have none
         reader = QueueReader(folder, partition=0, boot_id=boot_id(), host_id=bytes(16), positions={}, disk=DISK, ids=ids)
         pending = Pending()
         started = None
