@@ -74,7 +74,7 @@ class Ids:
         self._held: dict[bytes, tuple[int, bytes | None]] = {hash: (age, digest) for hash, digest, age in held}
         self._window_s, self._clock = window_s, clock
         self._start = clock() - service_seconds
-        self._new: list[bytes] = []
+        self._new: list[HeldId] = []
         self._forgotten: list[bytes] = []
         self._repeats = 0
 
@@ -99,11 +99,12 @@ class Ids:
         repeats  of that segment
         """
         kept: list[bytes] = []
-        entry = (self.service_seconds, None)
+        age = self.service_seconds
+        entry = (age, None)
         for line in chunk.split(b"\n"):
             sign = line[:1]
             if sign == lines.KEY:
-                if self._claim(line, entry[0]):
+                if self._claim(line, age):
                     at += len(line) + 1
                     continue
             elif lines.ID in line:
@@ -117,7 +118,7 @@ class Ids:
                         at += len(line) + 1
                         continue
                     self._held[hash] = entry
-                    self._new.append(hash)
+                    self._new.append((hash, None, age))
                     at += len(line) + 1
                     kept.append(event)
                     continue
@@ -133,7 +134,7 @@ class Ids:
             return False
         if hash not in self._held:
             self._held[hash] = (age, content)
-            self._new.append(hash)
+            self._new.append((hash, content, age))
         return True
 
     def digest_of(self, key: bytes) -> bytes | None:
@@ -158,15 +159,14 @@ class Ids:
         held = self._held
         seconds = self.service_seconds
         self._forget(hash for hash in takewhile(lambda hash: seconds - held[hash][0] > self._window_s, held))
-        new = [(hash, held[hash][1], held[hash][0]) for hash in self._new if hash in held]
         gone = [hash for hash in self._forgotten if hash not in held]  # one may have come back since
-        cut = IdCut(IdChanges(new, gone, seconds), self._repeats)
+        cut = IdCut(IdChanges(self._new, gone, seconds), self._repeats)
         self._new, self._forgotten, self._repeats = [], [], 0
         return cut
 
     def uncut(self, cut: IdCut) -> None:
         """The flush of that cut did not happen: what it had to save is to be saved by the next one."""
-        self._new = [hash for hash, _, _ in cut.changes.new] + self._new
+        self._new = [*cut.changes.new, *self._new]
         self._forgotten += cut.changes.gone
         self._repeats += cut.repeats
 

@@ -89,7 +89,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class IdChanges:
-    """What a flush changes in the table of ids.   new: (hash, digest, age).   gone: hashes."""
+    """What a flush changes in the table of ids.   new: (hash, digest, age).   gone: hashes, perhaps of new ones among them."""
 
     new: Sequence[tuple[bytes, bytes | None, int]] = ()
     gone: Sequence[bytes] = ()
