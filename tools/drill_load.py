@@ -54,7 +54,9 @@ class Load:
         self.record = Record(names)
         self.flood = False  # large bulks without a pause
         self._service, self._ids = service, ids
-        self._workers: list[tuple[_Work, random.Random, str]] = [(self._write, random.Random(f"{seed} {n}"), f"{seed}-{n}") for n in range(threads)]
+        self._workers: list[tuple[_Work, random.Random, str]] = [
+            (self._write, random.Random(f"{seed} {n}"), f"{seed}-{n}") for n in range(threads)
+        ]
         if reads:
             self._workers.append((self._read, random.Random(seed), ""))
         self._pool = ThreadPoolExecutor(len(self._workers))

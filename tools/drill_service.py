@@ -177,15 +177,16 @@ class Service:
             return [self._process.pid] if self._process is not None else []
         return [child.pid for child in self.children() if child.role == role and number in (None, child.number)]
 
-    def signal(self, what: signal.Signals, role: str, number: int | None = None) -> int:
-        """Send a signal to the first process of a role, or to that shard; returns its pid."""
-        pid = eventually(f"a process {role} runs", lambda: self.pids(role, number))[0]
+    def signal(self, what: signal.Signals, role: str, number: int | None = None, which: int = 0) -> int:
+        """Send a signal to a process of a role (the oldest, or `which`), or to that shard; returns its pid. Waits for one."""
+        pids = sorted(eventually(f"a process {role} runs", lambda: self.pids(role, number)))
+        pid = pids[which % len(pids)]
         os.kill(pid, what)
         return pid
 
-    def kill(self, role: str, number: int | None = None) -> int:
-        """SIGKILL to the first process of a role, or to that shard, and wait until it is gone; returns its pid."""
-        pid = self.signal(signal.SIGKILL, role, number)
+    def kill(self, role: str, number: int | None = None, which: int = 0) -> int:
+        """SIGKILL to a process, and wait until it is gone; returns its pid."""
+        pid = self.signal(signal.SIGKILL, role, number, which)
         if role == "supervisor":
             self._supervisor().wait(WITHIN_S)
             self._process = None

@@ -1,0 +1,106 @@
+"""One run of a plan: load, faults, comparisons (crash_drill.py has what is promised)."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from catchall.engine.rules import status
+from catchall.tools.drill_load import Load
+from catchall.tools.drill_plan import Planned
+from catchall.tools.drill_report import MISMATCH, Report
+from catchall.tools.drill_service import Service, ServiceFailed, at_rest
+from catchall.tools.drill_stage import FAILURES, Stage
+
+THRESHOLD = 40  # low, so that domains have every status
+
+
+class CannotRun(Exception):
+    """The drill could not begin; the message says why."""
+
+
+class CountsDiffer(Exception):
+    """A comparison failed; the report has the mismatches."""
+
+
+def run(args: argparse.Namespace, plan: Sequence[Planned], command: str, folder: Path) -> Report:
+    """Do all of a plan, or as much of it as goes well. Raises CannotRun."""
+    service = Service(folder, *service_flags(args, folder))
+    load = Load(service, names=names(args.seed, args.names), threads=args.threads, seed=args.seed, ids=args.ids)
+    shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    report = Report(args.seed, command, shown, load.record)
+    try:
+        service.start()
+    except FAILURES as error:
+        service.end()
+        raise CannotRun(str(error)) from error
+    stage = Stage(folder, service, load)
+    try:
+        hurt(stage, plan, report, args.every)
+        finish(stage, report, durable=args.storage != "memory")
+    except (*FAILURES, CountsDiffer) as error:
+        report.code, report.failure = MISMATCH, str(error)
+    finally:
+        service.end()
+        report.tracebacks = service.log.count("Traceback")
+    return report
+
+
+def service_flags(args: argparse.Namespace, folder: Path) -> tuple[str, ...]:
+    flags = ["--workers", str(args.workers), "--http-workers", str(args.http_workers), "--fsync", args.fsync,
+             "--flush-interval", "50ms", "--threshold", str(THRESHOLD), "--storage", args.storage]  # fmt: skip
+    if args.storage == "memory":
+        flags += ["--set", f"storage.memory_dir={folder}"]
+    return tuple(flags)
+
+
+def names(seed: int, count: int) -> list[str]:
+    return [f"d{number}.seed-{seed % (1 << 32)}.example" for number in range(count)]
+
+
+def hurt(stage: Stage, plan: Sequence[Planned], report: Report, every: int) -> None:
+    """Load and faults, a comparison after every few of them and after the last. Raises FAILURES, CountsDiffer."""
+    with stage.load:
+        for planned in plan:
+            stage.under_load()
+            time.sleep(planned.wait_ms / 1000)
+            at_s = report.elapsed_s()
+            planned.kind.apply(stage, planned.params)
+            stage.recovered()
+            report.note_fault(planned, at_s, len(plan))
+            if planned.number % every == 0 or planned is plan[-1]:
+                with stage.load.paused():
+                    compare(stage, report)
+
+
+def finish(stage: Stage, report: Report, durable: bool) -> None:
+    """What was counted is counted after a stop and a start, and at rest nothing is left in the queues."""
+    if durable:
+        stage.service.stop()
+        if (left := at_rest(stage.service.data_dir)) != ([], 0):
+            raise ServiceFailed(f"at rest, {len(left[0])} segments and {left[1]} rows about segments are left")
+        stage.service.start()
+        compare(stage, report)
+    stage.service.stop()
+
+
+def compare(stage: Stage, report: Report) -> None:
+    """Every domain's counts, and the totals of them. Nobody writes. Raises CountsDiffer, FAILURES."""
+    stage.service.wait_until_ready()
+    client = stage.service.client()
+    counts = stage.load.record.counted(client)
+    report.mismatches = stage.load.record.mismatches(counts)
+    report.note_checkpoint(counts)
+    if report.mismatches:
+        raise CountsDiffer(f"{len(report.mismatches)} counts are not what was promised")
+    if (stats := client.stats()) != (expected := totals(counts)):
+        raise CountsDiffer(f"the totals are {stats}, and the domains make {expected}")
+
+
+def totals(counts: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """What GET /domains/stats has to say of these domains."""
+    found = Counter(status(*pair, THRESHOLD).replace("-", "_") for pair in counts.values() if any(pair))
+    return {field: found[field] for field in ("catch_all", "not_catch_all", "unknown")} | {"total": found.total()}
