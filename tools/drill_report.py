@@ -1,6 +1,6 @@
 """The report of a drill: a line while it runs, the verdict, and all of it as JSON.
 
-    {"schema": 1, "verdict": "lost=0 doubled=0 ambiguous=3", "exit_code": 0, "failure": null, "seed": 7, "command": "catchall …",
+    {"schema": 1, "verdict": "lost=0 doubled=0 ambiguous=3", "exit_code": 0, "failure": null, "seed": 7, "command": "…",
      "versions": {…}, "options": {…}, "seconds": 41.2, "requests": {"acknowledged": …}, "tracebacks": 0,
      "events": {"acknowledged": …, "ambiguous": …, "counted": …}, "checkpoints": [{"after": 25, "at_s": 31.0, "counted": …}],
      "mismatched": 0, "mismatches": [the first 20],

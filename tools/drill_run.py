@@ -6,15 +6,24 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from catchall.engine.rules import status
+from catchall.tools.drill_disk import FLAGS as DISK_FLAGS
+from catchall.tools.drill_disk import small_disk
 from catchall.tools.drill_load import Load
+from catchall.tools.drill_mongod import AWAY, Mongo, replica_set
 from catchall.tools.drill_plan import Planned
+from catchall.tools.drill_proxy import Proxy
 from catchall.tools.drill_report import MISMATCH, Report
 from catchall.tools.drill_service import Service, ServiceFailed, at_rest
 from catchall.tools.drill_stage import FAILURES, Stage
+from catchall.tools.polling import WITHIN_S, eventually
 
+MONGODB_FLAGS = ("--set", "mongodb.push_interval=50ms", "--set", "mongodb.server_selection_timeout=300ms",
+                 "--set", "mongodb.connect_timeout=300ms", "--set", "mongodb.socket_timeout=2s",
+                 "--set", "mongodb.backoff_max=500ms")  # fmt: skip
 THRESHOLD = 40  # low, so that domains have every status
 
 
@@ -27,26 +36,36 @@ class CountsDiffer(Exception):
 
 
 def run(args: argparse.Namespace, plan: Sequence[Planned], command: str, folder: Path) -> Report:
-    """Do all of a plan, or as much of it as goes well. Raises CannotRun."""
-    service = Service(folder, *service_flags(args, folder))
-    load = Load(service, names=names(args.seed, args.names), threads=args.threads, seed=args.seed, ids=args.ids)
+    """Do all of a plan, or as much of it as goes well. Raises CannotRun, NoMongod, NoMount."""
     shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    report = Report(args.seed, command, shown, load.record)
-    try:
-        service.start()
-    except FAILURES as error:
-        service.end()
-        raise CannotRun(str(error)) from error
-    stage = Stage(folder, service, load)
-    try:
-        hurt(stage, plan, report, args.every)
-        finish(stage, report, durable=args.storage != "memory")
-    except (*FAILURES, CountsDiffer) as error:
-        report.code, report.failure = MISMATCH, str(error)
-    finally:
-        service.end()
+    with ExitStack() as stack:
+        disk = mongo = proxy = None
+        if any("small disk" in planned.kind.needs for planned in plan):
+            disk = stack.enter_context(small_disk(folder))
+        flags = service_flags(args, folder) + (DISK_FLAGS if disk else ())
+        if args.storage == "mongodb":
+            mongo = stack.enter_context(replica_set(folder / "mongodb", args.replicas, args.mongodb_binary))
+            uri = mongo.uri
+            if args.replicas == 1:
+                proxy = stack.enter_context(Proxy(mongo.nodes[0].port))
+                uri = f"mongodb://127.0.0.1:{proxy.port}/?directConnection=true"
+            flags += ("--mongodb", uri, *MONGODB_FLAGS)
+        service = Service(folder, *flags)
+        stack.callback(service.end)
+        load = Load(service, names=names(args.seed, args.names), threads=args.threads, seed=args.seed, ids=args.ids)
+        report = Report(args.seed, command, shown, load.record)
+        try:
+            service.start()
+        except FAILURES as error:
+            raise CannotRun(str(error)) from error
+        try:
+            stage = Stage(folder, service, load, mongo, proxy, disk)
+            hurt(stage, plan, report, args.every)
+            finish(stage, report, durable=args.storage != "memory")
+        except (*FAILURES, CountsDiffer) as error:
+            report.code, report.failure = MISMATCH, str(error)
         report.tracebacks = service.log.count("Traceback")
-    return report
+        return report
 
 
 def service_flags(args: argparse.Namespace, folder: Path) -> tuple[str, ...]:
@@ -88,7 +107,7 @@ def finish(stage: Stage, report: Report, durable: bool) -> None:
 
 
 def compare(stage: Stage, report: Report) -> None:
-    """Every domain's counts, and the totals of them. Nobody writes. Raises CountsDiffer, FAILURES."""
+    """Every domain's counts, and what is made of them. Nobody writes. Raises CountsDiffer, FAILURES."""
     stage.service.wait_until_ready()
     client = stage.service.client()
     counts = stage.load.record.counted(client)
@@ -96,8 +115,30 @@ def compare(stage: Stage, report: Report) -> None:
     report.note_checkpoint(counts)
     if report.mismatches:
         raise CountsDiffer(f"{len(report.mismatches)} counts are not what was promised")
-    if (stats := client.stats()) != (expected := totals(counts)):
+    if stage.mongo is not None:
+        compare_copy(stage.mongo, counts)
+    elif (stats := client.stats()) != (expected := totals(counts)):
         raise CountsDiffer(f"the totals are {stats}, and the domains make {expected}")
+
+
+def compare_copy(mongo: Mongo, counts: dict[str, tuple[int, int]]) -> None:
+    """The view in MongoDB shows the same, soon. Raises CountsDiffer."""
+    wanted = {name: pair for name, pair in counts.items() if any(pair)}
+    found: dict[str, tuple[int, int]] = {}
+    with mongo.client() as client:
+
+        def same() -> bool:
+            documents = client.catchall.domain_status.find()
+            found.clear()
+            found.update({document["_id"]: (document["delivered"], document["bounced"]) for document in documents})
+            return found == wanted
+
+        try:
+            eventually("the copy is the same", same, errors=AWAY)
+        except TimeoutError:
+            names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            first = f"{names[0]} is {found.get(names[0])} there and {wanted.get(names[0])} here" if names else "it is away"
+            raise CountsDiffer(f"the copy in MongoDB differs in {len(names)} domains after {WITHIN_S:.0f} s: {first}") from None
 
 
 def totals(counts: dict[str, tuple[int, int]]) -> dict[str, int]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from catchall.tools.drill_disk import SmallDisk
 from catchall.tools.drill_load import BrokenPromise, Load
+from catchall.tools.drill_mongod import Mongo
+from catchall.tools.drill_proxy import Proxy
 from catchall.tools.drill_service import Service, ServiceFailed
 from catchall.tools.polling import eventually
 
@@ -19,6 +22,9 @@ class Stage:
     folder: Path  # for what a fault needs to write
     service: Service
     load: Load
+    mongo: Mongo | None = None
+    proxy: Proxy | None = None  # between the service and a single server
+    disk: SmallDisk | None = None  # where the data folder lies
 
     def under_load(self) -> None:
         """Requests are being acknowledged. Raises FAILURES."""
