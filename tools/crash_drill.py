@@ -16,14 +16,17 @@ import argparse
 import random
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from catchall.tools import drill_faults, drill_outside_faults
 from catchall.tools.drill_disk import NoMount, why_no_small_disk
+from catchall.tools.drill_load import TIMEOUT_S
 from catchall.tools.drill_mongod import NoMongod
 from catchall.tools.drill_plan import Kind, Planned, Setup, make_plan
 from catchall.tools.drill_report import COULD_NOT_RUN, GOOD, tell
@@ -31,6 +34,7 @@ from catchall.tools.drill_run import CannotRun, run
 
 KINDS = (*drill_faults.KINDS, *drill_outside_faults.KINDS)
 SMALL_DISK = "small disk"
+SECONDS_MAX, STOP_SECONDS_MAX = 600, 30
 FAULTS = 50  # when neither --kills nor --faults says how many
 SEEDS = 1 << 32
 
@@ -61,8 +65,10 @@ def parser() -> Options:
     options.add_argument("--names", type=positive, default=200, metavar="N", help="domains (default: 200)")
     options.add_argument("--threads", type=positive, default=3, metavar="N", help="writing clients (default: 3)")
     options.add_argument("--ids", action="store_true", help="writes carry ids, and counts must equal what was acknowledged")
-    options.add_argument("--stop-seconds", type=seconds, default=10.0, metavar="S",
+    options.add_argument("--stop-seconds", type=stop_seconds, default=10.0, metavar="S",
                          help="the longest time that something stands still (default: 10)")  # fmt: skip
+    options.add_argument("--within", type=seconds, default=60.0, metavar="S",
+                         help="the longest time that a recovery may take (default: 60)")  # fmt: skip
     options.add_argument("--every", type=positive, default=25, metavar="N", help="compare after so many faults (default: 25)")
     options.add_argument("--json", type=Path, metavar="FILE", help="write a report there")
     options.add_argument("--data-dir", type=Path, metavar="DIR", help="a new folder to work in (default: a temporary one)")
@@ -79,8 +85,15 @@ def positive(text: str) -> int:
 
 def seconds(text: str) -> float:
     value = float(text)
-    if not 0 < value <= 30:
-        raise argparse.ArgumentTypeError("must be above 0 and at most 30")
+    if not 0 < value <= SECONDS_MAX:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most {SECONDS_MAX}")
+    return value
+
+
+def stop_seconds(text: str) -> float:
+    value = seconds(text)
+    if value > STOP_SECONDS_MAX:
+        raise argparse.ArgumentTypeError(f"must be at most {STOP_SECONDS_MAX}: a client waits {TIMEOUT_S:g} s")
     return value
 
 
@@ -100,19 +113,11 @@ def main(argv: Sequence[str], extra: Sequence[Kind] = ()) -> int:
         print("\n".join(map(str, plan)))
         return GOOD
     try:
-        folder = working_folder(args.data_dir)
-    except OSError as error:
-        options.error(f"--data-dir {args.data_dir}: {error.strerror}")
-    try:
-        report = run(args, plan, command, folder)
+        with terminated_in_order(), working_folder(args.data_dir, args.keep) as folder:
+            report = run(args, plan, command, folder)
     except (CannotRun, NoMongod, NoMount) as error:
         tell(f"catchall drill: {error}")
         return COULD_NOT_RUN
-    finally:
-        if args.keep:
-            tell(f"kept {folder}")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
     if args.json is not None:
         report.write(args.json)
     for mismatch in report.mismatches[:20]:
@@ -123,12 +128,32 @@ def main(argv: Sequence[str], extra: Sequence[Kind] = ()) -> int:
     return report.code
 
 
-def working_folder(wanted: Path | None) -> Path:
-    """A folder that holds nothing. Raises OSError."""
-    if wanted is None:
-        return Path(tempfile.mkdtemp(prefix="catchall-drill-"))
-    wanted.mkdir(parents=True)
-    return wanted
+@contextmanager
+def terminated_in_order() -> Iterator[None]:
+    """SIGTERM ends the drill as Ctrl-C does: its processes end, its folder and its small disk go."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(COULD_NOT_RUN))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def working_folder(wanted: Path | None, keep: bool) -> Iterator[Path]:
+    """A new folder, which is removed afterwards. Raises CannotRun."""
+    try:
+        if wanted is not None:
+            wanted.mkdir(parents=True)
+        folder = wanted or Path(tempfile.mkdtemp(prefix="catchall-drill-"))
+    except OSError as error:
+        raise CannotRun(f"--data-dir {wanted}: {error.strerror}") from error
+    try:
+        yield folder
+    finally:
+        if keep:
+            tell(f"kept {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def plan_of(args: argparse.Namespace, kinds: Sequence[Kind]) -> list[Planned]:

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from catchall.tools.polling import eventually
+
 NDJSON = {"content-type": "application/x-ndjson"}
 KINDS = ("delivered", "bounced")
 
@@ -132,6 +134,17 @@ class Client:
         assert found.status == 200, found
         answer: dict[str, Any] = found.json
         return answer
+
+    def read(self, path: str) -> Any:
+        """What a GET answers, asked again until it is 200: unlike a write, a read may be. Raises TimeoutError."""
+
+        def answered() -> Answer | None:
+            answer = self.request("GET", path)
+            return answer if answer.status == 200 else None
+
+        answer = eventually(f"{path} is answered", answered, errors=(NotSent, OSError))
+        assert answer is not None
+        return answer.json
 
     def counts(self, domain: str) -> tuple[int, int]:
         found = self.domain(domain)

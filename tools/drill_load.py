@@ -77,7 +77,7 @@ class Load:
         self._pool.shutdown()
         self.check()
 
-    def more(self, requests: int = 300) -> None:
+    def more(self, requests: int = 300, within_s: float = WITHIN_S) -> None:
         """Wait until that many more requests were acknowledged. Raises TimeoutError, BrokenPromise."""
         target = self.record.requests[ACKNOWLEDGED] + requests
 
@@ -85,7 +85,7 @@ class Load:
             self.check()
             return self.record.requests[ACKNOWLEDGED] >= target
 
-        eventually(f"{requests} more requests are acknowledged", acknowledged)
+        eventually(f"{requests} more requests are acknowledged", acknowledged, within_s)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

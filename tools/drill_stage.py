@@ -22,6 +22,7 @@ class Stage:
     folder: Path  # for what a fault needs to write
     service: Service
     load: Load
+    within_s: float  # how long a recovery may take
     mongo: Mongo | None = None
     proxy: Proxy | None = None  # between the service and a single server
     disk: SmallDisk | None = None  # where the data folder lies
@@ -32,8 +33,11 @@ class Stage:
 
     def recovered(self) -> None:
         """Every process runs or has a successor, and requests are being acknowledged again. Raises FAILURES."""
-        eventually("every process has a successor", lambda: self.service.complete)
-        self.load.more(ACKNOWLEDGED_AFTER)
+        try:
+            eventually("every process has a successor", lambda: self.service.complete, self.within_s)
+            self.load.more(ACKNOWLEDGED_AFTER, self.within_s)
+        except TimeoutError as error:
+            raise TimeoutError(f"the service did not recover within {self.within_s:g} s: {error}") from error
 
     def set_workers(self, workers: int) -> None:
         """How many shards the next start has."""
