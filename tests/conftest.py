@@ -2,12 +2,24 @@
 
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from mongod import connect_copy, mongo, mongo_database, own_mongo, own_standalone  # noqa: F401
 from service import HTTP_LIMITS, Client, Service
+
+
+@contextmanager
+def running(folder: Path, *flags: str) -> Iterator[Service]:
+    """A service whose log shows when the test failed, and holds no traceback."""
+    service = Service(folder, *flags)
+    try:
+        with service:
+            yield service
+    finally:
+        print(f"log of the service on port {service.port}:\n{service.log[-6000:]}")
+    assert "Traceback" not in service.log, service.log
 
 
 @pytest.fixture
@@ -17,7 +29,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
         def start(*flags: str, name: str = "service") -> Service:
             (tmp_path / name).mkdir()
-            return stack.enter_context(Service(tmp_path / name, *flags))
+            return stack.enter_context(running(tmp_path / name, *flags))
 
         yield start
 
@@ -25,8 +37,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service that the tests of an xdist worker share, each with domains of its own. Do not stop it."""
-    with Service(tmp_path_factory.mktemp("http"), "--workers", "2", "--http-workers", "2", *HTTP_LIMITS) as running:
-        yield running
+    with running(tmp_path_factory.mktemp("http"), "--workers", "2", "--http-workers", "2", *HTTP_LIMITS) as shared:
+        yield shared
 
 
 @pytest.fixture

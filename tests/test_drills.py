@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from load import Load
 from mongod import Mongo
 from service import Service, at_rest, eventually
+
+from catchall.tools.drill_load import Load
 
 pytestmark = pytest.mark.drill
 
@@ -19,13 +20,17 @@ def assert_exact(service: Service, *loads: Load) -> None:
     """Counts are what was promised, now and after a stop and a start, and at rest nothing is left in the queues."""
     service.wait_until_ready()
     for load in loads:
-        load.compare(service.client())
+        assert_counted(service, load)
     service.stop()
     assert at_rest(service.data_dir) == ([], 0)
     service.start()
     for load in loads:
-        load.compare(service.client())
+        assert_counted(service, load)
     service.stop()
+
+
+def assert_counted(service: Service, load: Load) -> None:
+    assert not load.record.mismatches(load.record.counted(service.client()))
 
 
 def kill_and_wait(service: Service, load: Load, role: str, number: int | None = None) -> None:
@@ -41,7 +46,7 @@ def test_shards_killed_under_load_lose_and_double_nothing(serve: Serve) -> None:
     with Load(service) as load:
         for number in (0, 1, 0):
             kill_and_wait(service, load, "shard", number)
-    assert load.requests["ambiguous"] == 0, "writes need no shard"
+    assert load.record.requests["ambiguous"] == 0, "writes need no shard"
     assert_exact(service, load)
 
 
@@ -110,7 +115,7 @@ def test_memory_survives_the_death_of_everything_but_the_supervisor(serve: Serve
         for role in ("shard", "http", "front"):
             kill_and_wait(service, load, role)
     service.wait_until_ready()
-    load.compare(service.client())
+    assert_counted(service, load)
     service.stop()
 
 
@@ -129,7 +134,7 @@ def test_while_a_shard_stands_still_writes_go_on_and_reads_wait_or_get_503(serve
     reader = service.client()
     with Load(service, reads=False) as load:
         service.signal(signal.SIGSTOP, "shard", 0)
-        statuses = {reader.request("GET", f"/domains/{name}").status for name in load.names[:8]}
+        statuses = {reader.request("GET", f"/domains/{name}").status for name in load.record.names[:8]}
         assert statuses == {200, 503}  # some of the names are the other shard's
         ready = reader.request("GET", "/readyz")
         assert (ready.status, ready.json["status"]) == (503, "not ready")
@@ -138,7 +143,7 @@ def test_while_a_shard_stands_still_writes_go_on_and_reads_wait_or_get_503(serve
         load.more()
         service.signal(signal.SIGCONT, "shard", 0)
         eventually("the shard answers again", lambda: service.ready)
-    assert set(load.requests) == {"acknowledged"}
+    assert set(load.record.requests) == {"acknowledged"}
     assert_exact(service, load)
 
 
@@ -176,22 +181,6 @@ def test_a_stop_under_load_answers_what_is_in_flight_and_loses_nothing(serve: Se
     assert_exact(service, load)
 
 
-def test_the_comparison_of_the_drills_sees_one_event_too_many_and_one_too_few(serve: Serve) -> None:
-    service = serve(*BUSY)
-    with Load(service) as load:
-        pass
-    client = service.client()
-    load.compare(client)
-    client.put(load.names[7])
-    with pytest.raises(AssertionError, match=r"load-7\.example delivered"):
-        load.compare(client)
-    load.acknowledged[load.names[7], "delivered"] += 1
-    load.compare(client)
-    load.acknowledged[load.names[3], "bounced"] += 1
-    with pytest.raises(AssertionError, match=r"load-3\.example bounced"):
-        load.compare(client)
-
-
 def test_writes_past_the_backlog_are_refused_and_accepted_again_when_it_is_gone(serve: Serve) -> None:
     service = serve("--set", "data.partitions=1", "--set", "data.backlog_max=512KiB", "--set", "data.hold=100ms",
                     "--set", "limits.pause_backlog=1GiB", "--flush-interval", "20ms")  # fmt: skip
@@ -226,14 +215,14 @@ def test_without_mongodb_for_a_while_writes_go_on_and_its_copy_is_exact_afterwar
             kill_and_wait(service, load, "shard", 0)
             own_mongo.start()
             load.more()
-    assert set(load.requests) == {"acknowledged"}
-    load.compare(service.client())
+    assert set(load.record.requests) == {"acknowledged"}
+    assert_counted(service, load)
     with own_mongo.client() as client:
         documents = client[mongo_database].domain_status
 
         def copied() -> bool:
             found = {document["_id"]: (document["delivered"], document["bounced"]) for document in documents.find()}
-            wanted = {name: (load.acknowledged[name, "delivered"], load.acknowledged[name, "bounced"]) for name in load.names}
+            wanted = {name: load.record.least(name) for name in load.record.names}
             return found == wanted
 
         eventually("the copy is exact", copied)

@@ -1,4 +1,4 @@
-"""The command line: `catchall serve`, `catchall check-config`, `catchall version`.
+"""The command line: `catchall serve`, `catchall check-config`, `catchall version`; `catchall drill` is in crash_drill.py.
 
 Exit codes  0 good   1 failed   2 wrong use: a bad flag, an unknown setting, a bad value, a file that cannot be read
 Settings    flag > environment > file > default; a flag is only a short name of a setting, and --set reaches every one
@@ -84,8 +84,13 @@ class _SetAction(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Wrong options end in SystemExit(2), as argparse does it."""
+    words = two_dashes(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["drill"]:
+        from catchall.tools import crash_drill  # only here: the others need none of it, and it has exit codes of its own
+
+        return crash_drill.main(words[1:])
     parser, commands = _parsers()
-    args, unknown = parser.parse_known_args(two_dashes(sys.argv[1:] if argv is None else argv))
+    args, unknown = parser.parse_known_args(words)
     if unknown:
         commands[args.command].error(_unknown(unknown, commands[args.command]))
     try:
@@ -183,6 +188,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             allow_abbrev=False,
         )
         _add_settings(commands[command])
+    subparsers.add_parser("drill", help="hurt a service of its own under load and compare every count")
     commands["version"] = subparsers.add_parser("version", help="print the version", allow_abbrev=False)
     return parser, commands
 
