@@ -15,6 +15,7 @@ from zlib import crc32
 
 from catchall.engine.others import Others
 from catchall.engine.partition import Partition
+from catchall.engine.queue_reader import Ends
 from catchall.engine.shard_protocol import COUNT_PAIR, COUNTS, PING, STATS, STATS_ANSWER
 from catchall.engine.shard_sockets import Request
 from catchall.storage.counts import DELIVERED_MASK
@@ -28,13 +29,14 @@ STATS_NAMES_MAX = 5000  # pending names of a shard that a statistics request loo
 class _Question:
     """A COUNTS request: its names, and what was found out so far."""
 
-    __slots__ = ("asked", "keys", "names", "numbers", "request")
+    __slots__ = ("asked", "ends", "keys", "names", "numbers", "request")
 
     def __init__(self, request: Request, partitions: int) -> None:
         self.request = request
         self.keys = request.payload.split(b"\n") if request.payload else []
         self.names = [key.decode("ascii", "replace") for key in self.keys]
         self.numbers = [crc32(key) % partitions for key in self.keys]
+        self.ends: dict[int, Ends] | None = None  # what it has to see drained, by partition; fixed when it came
         self.asked: dict[str, int] | None = None  # what MongoDB is being asked, filled when it answered
 
 
@@ -79,15 +81,31 @@ class Reads:
         self.again = False
         if self._questions:
             questions, self._questions = self._questions, []
-            touched = {number for question in questions for number in question.numbers}
-            behind = {n for n in touched if n not in self._partitions or not self._partitions[n].catch_up()}
+            behind = self._catch_up(questions)
             for question in questions:
-                if not behind.isdisjoint(question.numbers):
+                if question.ends is None or not behind.isdisjoint(map(id, question.ends.values())):
                     self._later(question, again=True)
                 else:
                     self._answer(question)
         if self._stats:
             self._answer_stats()
+
+    def _catch_up(self, questions: list[_Question]) -> set[int]:
+        """Note what the new questions have to see, and drain towards what all of them have to. Returns the `id` of those Ends
+        that are not reached, for which their partition needs another turn."""
+        new = {number for question in questions if question.ends is None for number in question.numbers}
+        arrived = {number: self._partitions[number].arrived() if number in self._partitions else None for number in new}
+        reached: dict[int, bool] = {}
+        for question in questions:
+            if question.ends is None:
+                ends = {number: found for number in question.numbers if (found := arrived[number]) is not None}
+                if len(ends) < len(set(question.numbers)):
+                    continue
+                question.ends = ends
+            for number, end in question.ends.items():
+                if id(end) not in reached:  # questions that came together share it
+                    reached[id(end)] = self._partitions[number].catch_up(end)
+        return {key for key, done in reached.items() if not done}
 
     def _later(self, question: _Question, *, again: bool) -> None:
         self._questions.append(question)
