@@ -116,13 +116,14 @@ def _read_manifest(data_dir: Path) -> Manifest | None:
     body, crc, check = text.rpartition("crc ")
     if crc and check != f"{zlib.crc32(body.encode()):08x}\n":
         raise _ManifestDamaged(f"{path} does not match its crc")
-    fields = dict(line.split(" ", 1) for line in text.splitlines() if " " in line)
+    fields = dict(line.partition(" ")[::2] for line in text.splitlines())
     if crc and fields.get("format") != FORMAT:
         raise FolderError(f"{path} says format {fields.get('format')!r}; this version reads format {FORMAT}")
     try:
         manifest = Manifest(fields["host"], int(fields["partitions"]), int(fields["made_at"]))
         known = fields.keys() <= {"format", "host", "partitions", "made_at", "crc"}  # one without a crc is an older one
-        if known and fields["format"] == FORMAT and len(bytes.fromhex(manifest.host_id)) == 16 and manifest.partitions in PARTITIONS:
+        known &= fields["format"] == FORMAT and manifest.partitions in PARTITIONS
+        if known and len(bytes.fromhex(manifest.host_id)) == 16:
             return manifest
     except (KeyError, ValueError):
         pass
@@ -155,7 +156,7 @@ def _from_ledgers(data_dir: Path) -> Manifest | None:
             said.setdefault(identity_of(path), []).append(path.parent.name)
     if len(said) > 1:
         what = "; ".join(f"host {host}, {count} partitions: {', '.join(where)}" for (host, count), where in said.items())
-        raise FolderError(f"{data_dir} has no manifest, and its ledgers are of several folders ({what}). Move away what is wrong")
+        raise FolderError(f"{data_dir} has no manifest, and its ledgers are of several folders: {what}. Move the wrong ones")
     if not said:
         return None
     host, count = next(iter(said))

@@ -172,12 +172,14 @@ class Ledger:
             with failures_explained(path, opening=True):
                 self._configure(synchronous, cache_bytes)
                 self._db.execute("begin immediate")
-                if not self._is_made():
+                if new := not self._is_made():
                     if must_exist:
                         raise LedgerDamaged(path, "nothing is in it, and this partition had a ledger")
                     self._make(component, begin or {})
                 self._db.execute("update meta set opened = opened + 1")
                 self._db.execute("commit")
+                if new:  # so that a -wal which is lost later takes the last flushes with it, and not the whole ledger
+                    self._db.execute("pragma wal_checkpoint(passive)")
                 self._positions: dict[str, Position] = {}
                 self._read_meta()
         except BaseException:
@@ -408,6 +410,8 @@ def failures_explained(path: Path, opening: bool = False) -> Iterator[None]:
     """opening  the schema is read now, so a statement that does not fit it is damage; later it would be a mistake of ours"""
     try:
         yield
+    except UnicodeDecodeError as error:  # of a message of SQLite's that quotes what it found
+        raise LedgerDamaged(path, f"what it holds is no text: {error}") from error
     except sqlite3.DatabaseError as error:
         code: int | None = getattr(error, "sqlite_errorcode", None)
         if code is None:  # not SQLite's: text that is no UTF-8 is damage, the use of a closed connection is not
