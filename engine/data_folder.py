@@ -1,7 +1,7 @@
 """The data folder: its lock, its manifest and where everything is in it (protocol, section 1).
 
     DIR/lock            flock of the supervisor; holds its pid, for people
-    DIR/manifest        format, host id, partitions, made at: written once, synced before anything else exists
+    DIR/manifest        format, host id, partitions, made at, crc: written once, synced before anything else exists
     DIR/reserve         ballast that is given up when a flush meets a full disk
     DIR/PP/lock         flock of the shard that owns partition PP
     DIR/PP/ledger.db    counts and positions
@@ -14,17 +14,26 @@ start.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 import secrets
 import shutil
 import time
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from catchall.engine.disk import DISK, Disk, try_lock
+from catchall.storage.ledger import LedgerDamaged
+from catchall.storage.ledger_copy import identity_of
 
-FORMAT = "1"
+log = logging.getLogger("catchall.folder")
+
+FORMAT = "2"
+PARTITIONS = range(1, 257)
 
 
 class FolderError(Exception):
@@ -42,7 +51,12 @@ class Manifest:
     made_at: int  # unix seconds
 
     def text(self) -> str:
-        return f"format {FORMAT}\nhost {self.host_id}\npartitions {self.partitions}\nmade_at {self.made_at}\n"
+        text = f"format {FORMAT}\nhost {self.host_id}\npartitions {self.partitions}\nmade_at {self.made_at}\n"
+        return f"{text}crc {zlib.crc32(text.encode()):08x}\n"
+
+
+class _ManifestDamaged(Exception):
+    pass
 
 
 def partition_folder(root: Path, partition: int) -> Path:
@@ -81,53 +95,94 @@ def lock(data_dir: Path) -> int:
 
 def read_manifest(data_dir: Path) -> Manifest | None:
     """None if there is none. Raises FolderError if it is damaged or of another format."""
+    try:
+        return _read_manifest(data_dir)
+    except _ManifestDamaged as damage:
+        raise FolderError(str(damage)) from damage
+
+
+def _read_manifest(data_dir: Path) -> Manifest | None:
     path = data_dir / "manifest"
     try:
         text = path.read_text(encoding="ascii")
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise _ManifestDamaged(f"{path} is no text: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EISDIR):
+            raise _ManifestDamaged(f"{path} cannot be read: {error}") from error
         raise FolderError(f"{path} cannot be read: {error}") from error
-    fields = dict(line.split(" ", 1) for line in text.splitlines() if " " in line)
-    if fields.get("format") != FORMAT:
+    body, crc, check = text.rpartition("crc ")
+    if crc and check != f"{zlib.crc32(body.encode()):08x}\n":
+        raise _ManifestDamaged(f"{path} does not match its crc")
+    fields = dict(line.partition(" ")[::2] for line in text.splitlines())
+    if crc and fields.get("format") != FORMAT:
         raise FolderError(f"{path} says format {fields.get('format')!r}; this version reads format {FORMAT}")
     try:
         manifest = Manifest(fields["host"], int(fields["partitions"]), int(fields["made_at"]))
-        if len(bytes.fromhex(manifest.host_id)) == 16 and 1 <= manifest.partitions <= 256:
+        known = fields.keys() <= {"format", "host", "partitions", "made_at", "crc"}  # one without a crc is an older one
+        known &= fields["format"] == FORMAT and manifest.partitions in PARTITIONS
+        if known and len(bytes.fromhex(manifest.host_id)) == 16:
             return manifest
     except (KeyError, ValueError):
         pass
-    raise FolderError(f"{path} is damaged; it should read like this:\n{Manifest('0' * 32, 16, 0).text()}")
+    raise _ManifestDamaged(f"{path} is damaged; it should read like this:\n{Manifest('0' * 32, 16, 0).text()}")
 
 
 def open_folder(data_dir: Path, partitions: int, disk: Disk = DISK) -> Manifest:
-    """The manifest of a locked folder; a new folder gets one, durable before anything else exists. Raises FolderError."""
+    """The manifest of a locked folder. A new folder gets one, durable before anything else exists; one that is damaged or
+    missing is made again from what the ledgers say. Raises FolderError."""
     try:
-        manifest = read_manifest(data_dir)
+        try:
+            manifest = _read_manifest(data_dir)
+        except _ManifestDamaged as damage:
+            log.error("%s. It is kept as manifest.corrupt", damage)
+            os.rename(data_dir / "manifest", data_dir / "manifest.corrupt")
+            manifest = None
         if manifest is None:
-            if list(data_dir.glob("[0-9][0-9]/ledger.db")):
-                raise FolderError(
-                    f"{data_dir} holds ledgers but no manifest. Put its manifest back (format, host, partitions, made_at; "
-                    f"`select * from meta` in a ledger.db has the values) or use another folder."
-                )
-            manifest = Manifest(secrets.token_hex(16), partitions, int(time.time()))
-            temporary = data_dir / "manifest.tmp"
-            fd = disk.open(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
-            try:
-                disk.pwrite(fd, manifest.text().encode(), 0)
-                disk.fsync(fd)
-            finally:
-                os.close(fd)
-            disk.rename(str(temporary), str(data_dir / "manifest"))
-            disk.sync_folder(str(data_dir))
+            manifest = _from_ledgers(data_dir) or Manifest(secrets.token_hex(16), partitions, int(time.time()))
+            _write_manifest(data_dir, manifest, disk)
     except OSError as error:
         raise FolderError(f"the data folder {data_dir} cannot be used: {error}") from error
     return manifest
 
 
+def _from_ledgers(data_dir: Path) -> Manifest | None:
+    """The manifest that all readable ledgers agree on; None if there is none. Raises FolderError if they do not agree."""
+    said: dict[tuple[str, int], list[str]] = {}
+    for path in sorted(data_dir.glob("[0-9]*/ledger.db")):
+        with suppress(LedgerDamaged):
+            said.setdefault(identity_of(path), []).append(path.parent.name)
+    if len(said) > 1:
+        what = "; ".join(f"host {host}, {count} partitions: {', '.join(where)}" for (host, count), where in said.items())
+        raise FolderError(f"{data_dir} has no manifest, and its ledgers are of several folders: {what}. Move the wrong ones")
+    if not said:
+        return None
+    host, count = next(iter(said))
+    log.error("%s has no manifest; it is made again from its ledgers: host %s, %d partitions", data_dir, host, count)
+    return Manifest(host, count, int(time.time()))
+
+
+def _write_manifest(data_dir: Path, manifest: Manifest, disk: Disk) -> None:
+    temporary = data_dir / "manifest.tmp"
+    fd = disk.open(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+    try:
+        disk.pwrite(fd, manifest.text().encode(), 0)
+        disk.fsync(fd)
+    finally:
+        os.close(fd)
+    disk.rename(str(temporary), str(data_dir / "manifest"))
+    disk.sync_folder(str(data_dir))
+
+
 def make_partitions(root: Path, partitions: int, disk: Disk = DISK) -> None:
     """Make the folders of all partitions, durable. Raises OSError."""
     for partition in range(partitions):
+        for folder in (partition_folder(root, partition), queue_folder(root, partition)):
+            if folder.exists() and not folder.is_dir():
+                log.error("%s is no folder. It is set aside as %s.corrupt", folder, folder.name)
+                folder.rename(folder.with_name(f"{folder.name}.corrupt"))
         queue_folder(root, partition).mkdir(parents=True, exist_ok=True, mode=0o750)
         disk.sync_folder(str(partition_folder(root, partition)))
     disk.sync_folder(str(root))
@@ -141,7 +196,10 @@ def fill_reserve(root: Path, size: int, disk: Disk = DISK) -> bool:
     """Have the ballast file at its full size. False: there is no room for it."""
     if size == 0:
         return True
-    fd = disk.open(str(root / "reserve"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        fd = disk.open(str(root / "reserve"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError:
+        return False
     try:
         if os.fstat(fd).st_size < size:
             disk.allocate(fd, 0, size)

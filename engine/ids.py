@@ -23,12 +23,11 @@ from hashlib import blake2b
 from itertools import islice, takewhile
 
 from catchall.engine import lines
-from catchall.storage.ledger import IdChanges
+from catchall.storage.ledger import HeldId, IdChanges
 
 ID_BYTES = 16
 INDEX_DIGITS = 8
 REPEATS_MAX = 1 << 16  # remembered of one segment
-HeldId = tuple[bytes, bytes | None, int]  # as in storage.ledger.IdChanges
 
 
 def event_id(given: str, sign: bytes, name: bytes) -> bytes:
@@ -75,7 +74,7 @@ class Ids:
         self._window_s, self._clock = window_s, clock
         self._start = clock() - service_seconds
         self._new: list[HeldId] = []
-        self._forgotten: list[bytes] = []
+        self._forgotten: list[HeldId] = []
         self._repeats = 0
 
     def __len__(self) -> int:
@@ -159,15 +158,18 @@ class Ids:
         held = self._held
         seconds = self.service_seconds
         self._forget(hash for hash in takewhile(lambda hash: seconds - held[hash][0] > self._window_s, held))
-        gone = [hash for hash in self._forgotten if hash not in held]  # one may have come back since
-        cut = IdCut(IdChanges(self._new, gone, seconds), self._repeats)
+        new, gone = self._new, self._forgotten
+        if new and gone and (both := set(gone).intersection(new)):  # they came and went since the last cut
+            new = [row for row in new if row not in both]
+            gone = [row for row in gone if row not in both]
+        cut = IdCut(IdChanges(new, gone, seconds), self._repeats)
         self._new, self._forgotten, self._repeats = [], [], 0
         return cut
 
     def uncut(self, cut: IdCut) -> None:
         """The flush of that cut did not happen: what it had to save is to be saved by the next one."""
         self._new = [*cut.changes.new, *self._new]
-        self._forgotten += cut.changes.gone
+        self._forgotten = [*cut.changes.gone, *self._forgotten]
         self._repeats += cut.repeats
 
     def forget_oldest(self, number_max: int) -> int:
@@ -179,8 +181,8 @@ class Ids:
     def _forget(self, hashes: Iterable[bytes]) -> int:
         forgotten = list(hashes)
         for hash in forgotten:
-            del self._held[hash]
-        self._forgotten += forgotten
+            came, digest = self._held.pop(hash)
+            self._forgotten.append((hash, digest, came))
         return len(forgotten)
 
 

@@ -138,8 +138,10 @@ SHARD = (
     Metric("shard", "counter", "catchall_queue_bad_lines_total", "Lines in event queues that are no events; each was skipped."),
     Metric("shard", "counter", "catchall_queue_unverified_bytes_total",
            "Bytes that were counted after a power cut and no mark covers."),
-    Metric("shard", "counter", "catchall_corrupt_files_total", "Files set aside as *.corrupt. Above 0: see the log, "
-           "and README, \"Damage\"."),
+    Metric("shard", "counter", "catchall_corrupt_files_total", "Files set aside as *.corrupt, and files found missing. "
+           "Growing: see the log, and README, \"Damage\"."),
+    Metric("shard", "gauge", "catchall_set_aside_files", "Files *.corrupt that are in the data folder now. Above 0, /readyz "
+           "says degraded; remove them when they have been looked at."),
     Metric("shard", "counter", "catchall_corrupt_rows_total", "Ledger rows whose check did not match. Above 0: see the log."),
     Metric("shard", "gauge", "catchall_mongodb_up", "1 when the last push or read reached MongoDB.", merge="each"),
     Metric("shard", "counter", "catchall_mongodb_pushed_rows_total", "Rows sent to MongoDB."),

@@ -11,11 +11,10 @@ Recover     lock the partition (waiting for its former owner to be gone); open t
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from catchall.engine.cache import TwoGenerations
@@ -24,16 +23,16 @@ from catchall.engine.disk import Disk, try_lock
 from catchall.engine.flush import Flush
 from catchall.engine.folder_watch import FolderWatch
 from catchall.engine.ids import Ids
+from catchall.engine.ledger_opening import condemn, open_ledger
 from catchall.engine.pending import Pending
-from catchall.engine.queue_reader import QueueReader
+from catchall.engine.queue_reader import Ends, QueueReader
 from catchall.engine.rules import status
+from catchall.engine.scrub import Scrub
 from catchall.storage.counts import Row, unpack
-from catchall.storage.ledger import Ledger, LedgerDamaged, Position, Tallies
-
-log = logging.getLogger("catchall.partition")
+from catchall.storage.ledger import Ledger, Tallies
 
 COLD_COST = 5  # a name whose base must be read from the ledger counts as so many in memory, for statistics
-CATCH_UP_BYTES = 1 << 20  # drained for a read before it is looked at what is left
+CATCH_UP_BYTES = 4 << 20  # drained for a read in one go: what is longer would keep the shard from everything else
 RECENT_ROWS_MAX = 100_000  # rows of past flushes kept for the push; beyond, the push reads the ledger
 RECENT_FLUSHES_MAX = 1000
 
@@ -59,22 +58,39 @@ class Partition:
     def __init__(self, number: int, options: PartitionOptions, lock_fd: int) -> None:
         self.number, self._options, self._lock_fd = number, options, lock_fd
         self._folder = partition_folder(options.root, number)
-        self.corrupt_ledgers = 0
-        self.ledger, positions = self._open_ledger()
+        self.ledger, self._set_aside = open_ledger(
+            self._folder,
+            lock_fd,
+            options.host_id,
+            options.keep_rows,
+            partial(
+                Ledger,
+                host=options.host_id,
+                partition=number,
+                partitions=options.partitions,
+                threshold=options.threshold,
+                synchronous=options.synchronous,
+                cache_bytes=options.ledger_cache,
+            ),
+        )
         self.cache = TwoGenerations(options.cache_names)
+        self.scrub = Scrub(self)
         self.pending = Pending()
         self.flight: Flush | None = None
         # Everything acknowledged before these (unix ns) is in the last commit; in the last cut. 0: not known yet.
         self.cut_at_ns = self._last_cut_ns = 0
         self.recent = RecentRows() if options.keep_rows else None
-        held, service_seconds = self.ledger.ids(), self.ledger.meta.service_seconds
-        self.ids = Ids(held, service_seconds, window_s=options.ids_window)
+        held, intact = self.ledger.ids()
+        if not intact:
+            leave_note(self._folder, "ids", "ids of its ledger are damaged: a resend of what has such an id may count twice")
+            self._set_aside += 1
+        self.ids = Ids(held, self.ledger.meta.service_seconds, window_s=options.ids_window)
         self.reader = QueueReader(
             str(queue_folder(options.root, number)),
             partition=number,
             boot_id=options.boot_id,
             host_id=bytes.fromhex(options.host_id),
-            positions=positions,
+            positions=self.ledger.positions(),
             disk=options.disk,
             ids=self.ids,
             watch=options.watch,
@@ -95,73 +111,9 @@ class Partition:
         self.reader.discover()
         self._droppable = self.reader.rows_without_a_file()
 
-    def _open_ledger(self) -> tuple[Ledger, dict[str, Position]]:
-        path = self._folder / "ledger.db"
-        mark = self._folder / "ledger.superseded"
-        try:
-            if not path.exists():
-                mark.unlink(missing_ok=True)  # it was set aside, and a death came before the end of that
-            elif mark.exists():
-                raise LedgerDamaged(f"{path} is older than the copy in MongoDB: {mark.read_text().strip()}")
-            return self._ledger(path)
-        except LedgerDamaged as damage:
-            living = self._set_ledger_aside(path, mark, damage)
-            ledger, _ = self._ledger(path)
-            ledger.write([], living, [], ledger.meta.tallies)
-            return ledger, living
-
-    def _ledger(self, path: Path) -> tuple[Ledger, dict[str, Position]]:
-        options = self._options
-        former = len(list(self._folder.glob("ledger-*.corrupt")))  # each had a component of its own
-        ledger = Ledger(
-            path,
-            host=options.host_id,
-            component=options.host_id if former == 0 else f"{options.host_id}-{former + 1}",
-            partition=self.number,
-            partitions=options.partitions,
-            threshold=options.threshold,
-            synchronous=options.synchronous,
-            cache_bytes=options.ledger_cache,
-        )
-        try:
-            return ledger, ledger.positions()
-        except BaseException:
-            ledger.close()
-            raise
-
-    def _set_ledger_aside(self, path: Path, mark: Path, damage: LedgerDamaged) -> dict[str, Position]:
-        """Start anew: the old file, and what was in segments whose positions only it knew, are kept and not counted.
-
-        Returns where to go on in the segments whose writers live: what they publish from now on is counted, and what they
-        had published is kept in a copy. The ledger's own name goes last, so that a death before that leaves all of it to do.
-        """
-        self.corrupt_ledgers += 1
-        stamp = time.time_ns()
-        aside = self._folder / f"ledger-{stamp}.corrupt"
-        log.error("%s. It is set aside as %s; counts of partition %d begin anew", damage, aside.name, self.number)
-        living: dict[str, Position] = {}
-        for segment in (self._folder / "q").glob("*.seg"):
-            log.error("%s (%d bytes): its position is not known, so it is set aside", segment, segment.stat().st_size)
-            fd = os.open(segment, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if try_lock(fd):
-                    segment.rename(segment.with_suffix(".corrupt"))
-                else:
-                    content = segment.read_bytes()
-                    segment.with_suffix(".corrupt").write_bytes(content)
-                    living[segment.stem] = Position(int.from_bytes(content[64:72], "little"), 0)
-            finally:
-                os.close(fd)
-        for suffix in ("-wal", ""):
-            source = path.with_name(path.name + suffix)
-            if source.exists():
-                source.rename(aside.with_name(f"{aside.name}{suffix}"))
-        mark.unlink(missing_ok=True)
-        return living
-
-    def supersede(self, why: str) -> None:
-        """MongoDB knows a later state of this ledger: have the next opening set it aside. The process must exit now."""
-        (self._folder / "ledger.superseded").write_text(why + "\n")
+    def condemn(self, why: str) -> None:
+        """Have the next opening set the ledger aside. The process must exit now."""
+        condemn(self._folder, why)
 
     def close(self) -> None:
         self.reader.close()
@@ -181,14 +133,26 @@ class Partition:
         """So many names or new ids are pending that a flush has to come first."""
         return max(self.pending.names, self.ids.pending) >= self._options.pending_names_max
 
-    def catch_up(self) -> bool:
-        """Discover, and drain what is published now. False: not yet, a flush has to make room first."""
+    def arrived(self) -> Ends | None:
+        """Discover, and return what a read that comes now has to see drained: the segments and where they end now.
+
+        None: not all of them could be opened yet.
+        """
         self.reader.discover()
-        behind = self.reader.unread()
-        while behind:
-            if not self.drain(CATCH_UP_BYTES):
-                return False
-            behind = [(found, limit) for found, limit in behind if found.consumed < limit]
+        return self.reader.unread() if self.reader.complete else None
+
+    def catch_up(self, ends: Ends | None = None) -> bool:
+        """Drain towards `ends`, at most CATCH_UP_BYTES, and take from `ends` what is drained. False: call it again.
+
+        Something remains when there is more, when a flush has to make room first, or when not all segments could be opened.
+        """
+        if ends is None:
+            ends = self.arrived()
+        if ends and not self.full:
+            self.reader.drain_to(self.pending, ends, CATCH_UP_BYTES)
+        if ends != []:
+            return False
+        self.reader.unread()  # notes up to when everything is drained
         return True
 
     # ---- read
@@ -255,11 +219,23 @@ class Partition:
         else:
             self.cache.update(flight.counts)
             self.cut_at_ns = self._last_cut_ns
+            self.scrub.note_new(flight.new_names)
             self.reader.forget(flight.gone)
             self._droppable = flight.gone
             if self.recent is not None:
                 self.recent.add(flight.number, flight.rows, flight.new_names)
         self.flight = None
+
+    # ---- damage
+
+    @property
+    def set_aside(self) -> int:
+        """How often this object set something aside."""
+        return self._set_aside + self.reader.corrupt_files
+
+    def corrupt_files(self) -> int:
+        """How many *.corrupt are in its folders now."""
+        return sum(entry.endswith(".corrupt") for folder in (self._folder, self.reader.folder) for entry in os.listdir(folder))
 
     # ---- tallies
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from catchall.engine.settings import Settings
 
 RUN_VARIABLE = "CATCHALL_RUN"  # tells a child where the run folder is
 _PR_SET_PDEATHSIG = 1
+FILES_MAX = 1 << 20
 
 
 class RuntimeFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +63,14 @@ def read_runtime(run_folder: Path) -> Runtime:
     config = content.settings
     page = MetricsPage(run_folder, shards=config.shards.workers, http_places=http_places(config))
     return Runtime(config, content.manifest, bytes.fromhex(content.boot_id), Path(content.root), run_folder, page)
+
+
+def raise_file_limit() -> None:
+    """A backlog is a descriptor for each segment: take as many as the system allows. Children inherit it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def die_with_parent(signal_number: signal.Signals, parent: int) -> None:

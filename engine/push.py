@@ -24,7 +24,7 @@ from catchall.engine.metrics_page import Slot
 from catchall.engine.partition import Partition
 from catchall.engine.settings import MongoDB
 from catchall.storage.backoff import backoff
-from catchall.storage.ledger import LedgerFull
+from catchall.storage.ledger import LedgerDamaged, LedgerFull
 from catchall.storage.mongodb import MongoCopy, MongoError, MongoOptions, MongoRefused
 from catchall.storage.mongodb_stats import StoredStats
 
@@ -84,6 +84,7 @@ class Pusher(threading.Thread):
 
     first       whether this shard is the one that also keeps the view and the statistics of all hosts
     superseded  set, with the reason, when the shard must exit so that a ledger is set aside
+    damaged     the same, for a ledger that turned out to be damaged
     shared      the statistics over all hosts, when there are other hosts
     alone       whether no other component than this host's was ever seen; False before that is known
     """
@@ -98,6 +99,7 @@ class Pusher(threading.Thread):
         self._away = BadState(log)
         self._contested = BadState(log)
         self.superseded: str | None = None
+        self.damaged: LedgerDamaged | None = None
         self.shared: StoredStats | None = None
 
     def stop(self, timeout_s: float) -> None:
@@ -124,6 +126,9 @@ class Pusher(threading.Thread):
                     stats_at = time.monotonic() + self._mongodb.stats_interval
             except Superseded as reason:
                 self.superseded = str(reason)
+                return
+            except LedgerDamaged as damage:
+                self.damaged = damage
                 return
             except Exception as error:  # a full disk, say: whatever it is, the copy must catch up afterwards
                 if not isinstance(error, MongoError | LedgerFull):

@@ -10,7 +10,9 @@ Finished    `consumed` = the final length of a sealed segment, = `published` of 
 Caught up   A drain that leaves nothing behind has all that was acknowledged before the folder was last listed.
 Retire      After a durable commit that holds the finished position: unlink, then sync the folder. Only then may the next
             flush drop its row: a name that comes back in a crash is then known to be counted.
-Set aside   What is no segment becomes NAME.corrupt, with its bytes in the log, and nothing of it is counted.
+Set aside   What is no segment, cannot be read or does not match its mark becomes NAME.corrupt, with its bytes in the log, and
+            nothing of it is counted. A file that only cannot be opened now stays, and is tried again.
+Too many    With no descriptor left, what is open is drained and retired first; reads wait until the rest could be opened.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ import os
 import time
 import zlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from catchall.engine import segment
+from catchall.engine import logs, segment
 from catchall.engine.disk import Disk, try_lock
 from catchall.engine.folder_watch import FolderWatch
 from catchall.engine.ids import Ids, Repeats
+from catchall.engine.ledger_opening import leave_note
 from catchall.engine.pending import Pending
 from catchall.engine.segment import HEADER_SIZE, PUBLISHED, SEALED, BadSegment
 from catchall.storage.ledger import Position
@@ -36,7 +40,8 @@ log = logging.getLogger("catchall.queues")
 SLICE = 128 << 10  # bytes of a slice: larger ones count slower, and delay answers
 UNWRITTEN_WAIT_S = 1.0  # how long what contradicts itself may be a store that has not arrived yet
 PAST_SEGMENTS = 64  # retired ones of which it is still known which lines were repeats
-TRY_LATER = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # these say nothing about the file
+NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # these say nothing about the file
+UNREADABLE = frozenset({errno.EIO, errno.EISDIR, errno.ESPIPE, errno.ELOOP, errno.ENXIO, errno.EUCLEAN})
 
 
 class ReadSegment:
@@ -69,6 +74,9 @@ class ReadSegment:
         return self.final is not None and self.consumed >= self.final
 
 
+Ends = list[tuple[ReadSegment, int]]  # segments, and the payload bytes up to which each is to be drained
+
+
 class QueueReader:
     """Reads the queues of one partition into a Pending.
 
@@ -92,6 +100,8 @@ class QueueReader:
         self._known = dict(positions)  # segments that are not open here: finished ones, or not yet discovered
         self._changed: set[str] = set()  # positions that moved since the last cut
         self._ignored: set[str] = set()
+        self._unopened = logs.BadState(log)
+        self.complete = True  # the last listing could be opened, all of it that is there to be read
         self.corrupt_files = self.unverified_bytes = 0
         self._listed_ns = self.caught_up_ns = 0
 
@@ -100,20 +110,36 @@ class QueueReader:
     def discover(self) -> None:
         """List the folder and open what is new. With a watch that was just polled, only if something is.
 
-        Raises OSError if the folder cannot be listed, or nothing more be opened.
+        Raises OSError if the folder cannot be listed.
         """
         watch = self._watch
         if watch is not None and not watch.changed(self.folder):
             self._listed_ns = watch.polled_ns
             return
+        try:
+            names = os.listdir(self._folder_fd)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self._later(self.folder, error)
+            return
         segments = self._segments
         now = time.time_ns()
-        for entry in os.listdir(self._folder_fd):
+        self.complete = opened = True
+        for entry in names:
             if entry[:-4] not in segments and entry.endswith(".seg") and entry not in self._ignored:
-                self._open(entry)
+                opened &= self._open(entry)
+                if not self.complete:
+                    return  # what is open is drained and retired first
         self._listed_ns = now
-        if watch is not None:
-            watch.listed(self.folder)
+        if opened:
+            self._unopened.leave(f"all of {self.folder} could be opened", time.monotonic())
+            if watch is not None:
+                watch.listed(self.folder)
+
+    def _later(self, path: str, error: OSError) -> None:
+        self.complete &= error.errno not in NO_ROOM
+        self._unopened.enter(f"{path} cannot be opened now, and is tried again: {error}", time.monotonic())
 
     def remove_leftovers(self) -> None:
         """Unlink .tmp files whose writers are dead."""
@@ -132,53 +158,76 @@ class QueueReader:
                 finally:
                     os.close(fd)
 
-    def _open(self, entry: str) -> None:
+    def _open(self, entry: str) -> bool:
+        """Open one segment, or set it aside. False: it must be tried again later."""
         name, path = entry[:-4], f"{self.folder}/{entry}"
         fd = -1
         try:
-            fd = self._disk.open(path, os.O_RDONLY | os.O_CLOEXEC, 0)
+            fd = self._disk.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, 0)
             header = segment.parse_header(os.pread(fd, 64, 0), os.fstat(fd).st_size)
             if header.partition != self._partition or header.host_id != self._host_id:
                 raise BadSegment(f"belongs to partition {header.partition} of host {header.host_id.hex()}")
             found = ReadSegment(path, name, fd, header.payload_size, self._known.get(name, Position(0, 0)))
         except FileNotFoundError:
-            return
+            return True
         except (OSError, BadSegment) as bad:
             if fd >= 0:
                 os.close(fd)
-            if isinstance(bad, OSError) and bad.errno in TRY_LATER:
-                raise
+            if isinstance(bad, OSError) and bad.errno not in UNREADABLE:
+                self._later(path, bad)
+                return False
             self._set_aside(path, str(bad))
-            return
-        if header.boot_id != self._boot_id and not self._end_of_other_boot(found):
-            return
-        self._known.pop(name, None)
-        self._segments[name] = found
+            return True
+        same_boot = header.boot_id == self._boot_id
+        if self._holds(found) and (self._of_this_boot(found) if same_boot else self._end_of_other_boot(found)):
+            self._known.pop(name, None)
+            self._segments[name] = found
+        return True
+
+    def _holds(self, found: ReadSegment) -> bool:
+        """Whether a segment is what its ledger row and its newest mark say. False: it was set aside."""
+        if found.consumed > found.payload_size:
+            self._give_up(found, f"the ledger counted {found.consumed} bytes of {found.payload_size}")
+            return False
+        before = HEADER_SIZE + found.consumed - 1
+        if found.consumed and found.map[before] not in b"\n\0":  # a power cut may have taken what was counted
+            self._give_up(found, f"the ledger counted {found.consumed} bytes of it, where no line ends")
+            return False
+        return True
+
+    def _of_this_boot(self, found: ReadSegment) -> bool:
+        """Nothing was lost, so the newest mark must match. False: it was set aside."""
+        mark = segment.newest_mark(found.map)
+        if mark is None or mark.offset <= found.consumed:
+            return True  # a living writer's new segment, as a rule: costs nothing
+        return self._verified(found, found.payload_size) is not None
 
     def _end_of_other_boot(self, found: ReadSegment) -> bool:
         """Find where a segment that a power cut may have hurt ends. False: it was set aside."""
         stop = HEADER_SIZE + found.payload_size
-        if found.consumed > found.payload_size:
-            self._give_up(found, f"the ledger counted {found.consumed} bytes of {found.payload_size}")
-            return False
         end = segment.end_after_power_cut(found.map, HEADER_SIZE + found.consumed, stop) - HEADER_SIZE
         # What was counted before the power cut may itself be gone from the file: a mark above that was never synced.
         lost = found.map.find(b"\0", HEADER_SIZE, HEADER_SIZE + found.consumed) - HEADER_SIZE
-        whole = end if lost < 0 else lost
-        mark = segment.newest_mark(found.map)
-        verified = found.consumed
-        if mark is not None and mark.offset <= whole:
-            with memoryview(found.map) as view:
-                crc = zlib.crc32(view[HEADER_SIZE : HEADER_SIZE + mark.offset])
-            if crc != mark.crc:
-                self._give_up(found, f"the crc of its first {mark.offset} bytes does not match its mark")
-                return False
-            verified = max(verified, mark.offset)
+        verified = self._verified(found, end if lost < 0 else lost)
+        if verified is None:
+            return False
         found.final = end
         if end > verified:
             self.unverified_bytes += end - verified
             log.warning("%s: a power cut left %d bytes that no mark covers; they are counted", found.path, end - verified)
         return True
+
+    def _verified(self, found: ReadSegment, whole: int) -> int | None:
+        """How many bytes its newest mark proves, if it lies within `whole`, or were counted. None: it was set aside."""
+        mark = segment.newest_mark(found.map)
+        if mark is None or mark.offset > whole:
+            return found.consumed
+        with memoryview(found.map) as view:
+            crc = zlib.crc32(view[HEADER_SIZE : HEADER_SIZE + mark.offset])
+        if crc != mark.crc:
+            self._give_up(found, f"the crc of its first {mark.offset} bytes does not match its mark")
+            return None
+        return max(found.consumed, mark.offset)
 
     def _give_up(self, found: ReadSegment, why: str) -> None:
         found.close()
@@ -202,7 +251,7 @@ class QueueReader:
         """Published bytes that were not drained, in the segments that are open here."""
         return sum(limit - found.consumed for found, limit in self.unread())
 
-    def unread(self) -> list[tuple[ReadSegment, int]]:
+    def unread(self) -> Ends:
         """What was published and not drained, in the segments that are open here: [(segment, where it ends now)]."""
         behind = []
         for found in self._segments.values():
@@ -212,6 +261,16 @@ class QueueReader:
         if not behind:
             self.caught_up_ns = self._listed_ns
         return behind
+
+    def drain_to(self, pending: Pending, ends: Ends, bytes_max: int) -> None:
+        """Count at most about `bytes_max` bytes towards `ends`, and take from `ends` what is drained or no longer there."""
+        now = time.monotonic()
+        for found, limit in ends:
+            if self._segments.get(found.name) is found:
+                stop = min(self._stop(found, now), limit)
+                while found.consumed < stop and bytes_max > 0 and (step := self._slice(found, stop, pending)):
+                    bytes_max -= step
+        ends[:] = [(f, limit) for f, limit in ends if f.consumed < limit and self._segments.get(f.name) is f]
 
     def drain(self, pending: Pending, bytes_max: int) -> int:
         """Count at most about `bytes_max` bytes of what is published. Returns how many it took; 0: all was drained."""
@@ -244,6 +303,10 @@ class QueueReader:
             return found.consumed
         if found.orphaned or sealed == published + 1:
             found.final = published
+            end = HEADER_SIZE + published
+            if not sealed and found.map[end : end + 1] > b"\0":
+                log.warning("%s: its writer died with lines behind byte %d that it had not published; they are not counted",
+                            found.path, published)  # fmt: skip
         return published
 
     @staticmethod
@@ -315,9 +378,8 @@ class QueueReader:
         finished = [found for found in self._segments.values() if found.finished]
         names = self._changed | {found.name for found in finished}
         self._changed = set()
-        return {n: Position(self._segments[n].consumed, self._segments[n].clock) for n in names if n in self._segments}, [
-            found.name for found in finished
-        ]
+        moved = [self._segments[name] for name in names if name in self._segments]
+        return {f.name: Position(f.consumed, f.clock, f.finished) for f in moved}, [found.name for found in finished]
 
     @property
     def has_finished(self) -> bool:
@@ -366,8 +428,16 @@ class QueueReader:
 
     def rows_without_a_file(self) -> list[str]:
         """Rows of the ledger whose segments are gone for good. Only at start, after the folder was synced and discovered."""
-        present = {entry[:-4] for entry in os.listdir(self.folder) if entry.endswith(".seg")}
-        return [name for name in self._known if name not in present]
+        present = {os.path.splitext(entry) for entry in os.listdir(self.folder)}
+        gone = [name for name in self._known if (name, ".seg") not in present]
+        for name in gone:
+            if not self._known[name].finished and (name, ".corrupt") not in present:
+                self.corrupt_files += 1
+                counted = self._known[name].consumed
+                what = f"{self.folder}/{name}.seg is gone; {counted} bytes of it were counted, and no more can be"
+                log.error("%s", what)
+                leave_note(Path(self.folder), f"{name}-gone", what)
+        return gone
 
     @property
     def at_rest(self) -> bool:

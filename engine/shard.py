@@ -39,7 +39,7 @@ from catchall.engine.push import Pusher, options_of
 from catchall.engine.rules import shard_of
 from catchall.engine.shard_reads import Reads
 from catchall.engine.shard_sockets import Sockets
-from catchall.storage.ledger import LedgerFull, Tallies
+from catchall.storage.ledger import LedgerDamaged, LedgerFull, Tallies
 
 log = logging.getLogger("catchall.shard")
 
@@ -65,6 +65,7 @@ IDS_WINDOW = metric_names.cell("catchall_ids_window_seconds")
 BAD_LINES = metric_names.cell("catchall_queue_bad_lines_total")
 UNVERIFIED = metric_names.cell("catchall_queue_unverified_bytes_total")
 CORRUPT_FILES = metric_names.cell("catchall_corrupt_files_total")
+CORRUPT_PRESENT = metric_names.cell("catchall_set_aside_files")
 CORRUPT_ROWS = metric_names.cell("catchall_corrupt_rows_total")
 
 
@@ -84,6 +85,7 @@ class Shard:
         self._watch = FolderWatch()
         self._partitions = self._recover()
         self._ids = [partition.ids for partition in self._partitions]
+        self._scrubs = [partition.scrub for partition in self._partitions]
         self._by_number = {partition.number: partition for partition in self._partitions}
         self._sockets = Sockets(runtime.run_folder, number, self._epoll)
         mongodb = self._settings.storage.kind == "mongodb"
@@ -97,6 +99,7 @@ class Shard:
         self._full_until = 0.0
         self._full = logs.BadState(log)
         self._gauged = 0.0
+        self._damage_noted = (0, 0, 0)
         self._sleep, self._next_round = SLEEP_MIN_S, 0.0
         self._turn = 0
         self._check_writers = True  # even queues in which nothing new is published are to be looked at once
@@ -189,11 +192,14 @@ class Shard:
     # ---- the loop
 
     def run(self) -> None:
-        self._slot.set_state(READY)
-        while not self._stopping:
-            self._one_turn()
-        self._slot.set_state(DRAINING)
-        self._finish()
+        try:
+            self._slot.set_state(READY)
+            while not self._stopping:
+                self._one_turn()
+            self._slot.set_state(DRAINING)
+            self._finish()
+        except LedgerDamaged as damage:
+            self._condemn(damage)
 
     def _one_turn(self) -> None:
         wait = 0.0 if self._reads.again else READS_WAIT_S if self._reads.waiting else SLEEP_MAX_S
@@ -230,8 +236,11 @@ class Shard:
             self._set_gauges()
             if self._pusher is not None and self._pusher.superseded is not None:
                 self._supersede(self._pusher.superseded)
+            if self._pusher is not None and self._pusher.damaged is not None:
+                raise self._pusher.damaged
         if took >= TURN_BYTES:
             return 0.0
+        self._scrub_some()
         self._sleep = SLEEP_MIN_S if took else min(SLEEP_MAX_S, self._sleep * SLEEP_GROWTH)
         return self._sleep
 
@@ -255,6 +264,15 @@ class Shard:
                     return took
         self._check_writers = False
         return took
+
+    def _scrub_some(self) -> None:
+        """One piece of one ledger, until all of them were read once since the start."""
+        while self._scrubs and not self._scrubs[0].step():
+            self._scrubs.pop(0)
+            if not self._scrubs:
+                log.info("all rows of this shard's ledgers were checked")
+        if self._scrubs:
+            self._scrubs.append(self._scrubs.pop(0))
 
     # ---- flush
 
@@ -285,7 +303,9 @@ class Shard:
         partition, flight, future = self._flushing
         self._flushing = None
         if (error := future.exception()) is not None:
-            log.critical("a flush of partition %d ended in doubt, so this shard starts anew: %s", partition.number, error)
+            log.critical("a flush of partition %d ended in doubt, so this shard starts anew: %r", partition.number, error)
+            if isinstance(error, LedgerDamaged):
+                raise error
             raise SystemExit(1) from error
         partition.end_flush(flight)
         cells = self._slot.cells
@@ -316,7 +336,15 @@ class Shard:
         log.critical("%s. This data folder is a copy or an old backup: its ledger is set aside and begun anew", reason)
         for partition in self._partitions:
             if f"partition {partition.number} " in reason:
-                partition.supersede(reason)
+                partition.condemn(reason)
+        raise SystemExit(1)
+
+    def _condemn(self, damage: LedgerDamaged) -> None:
+        """A ledger turned out to be damaged while it was in use: the next start sets it aside, and counts nothing from it."""
+        log.critical("%s. This shard starts anew, and sets the ledger aside", damage)
+        for partition in self._partitions:
+            if partition.ledger.path == damage.path:
+                partition.condemn(str(damage).removeprefix(f"{damage.path}: "))
         raise SystemExit(1)
 
     def _note_backlog(self) -> None:
@@ -335,13 +363,24 @@ class Shard:
         total = sum((partition.ledger.meta.tallies for partition in partitions), Tallies())
         for at, value in zip(DOMAINS, (total.catch_all, total.not_catch_all, total.unknown), strict=True):
             cells[at] = value
-        cells[UNVERIFIED] = sum(partition.reader.unverified_bytes for partition in partitions)
-        cells[CORRUPT_FILES] = sum(p.reader.corrupt_files + p.corrupt_ledgers for p in partitions)
-        rows = sum(partition.ledger.damaged_rows for partition in partitions)
-        if rows > cells[CORRUPT_ROWS]:
-            log.error("%d rows of this shard's ledgers were read whose check does not match their counts", rows)
-        cells[CORRUPT_ROWS] = rows
-        self._reads.degraded = bool(cells[CORRUPT_FILES] or rows)
+        self._note_damage()
+
+    def _note_damage(self) -> None:
+        """Counters go on from where the last process of this place left them; degraded is what has its traces in the folder."""
+        cells, partitions = self._slot.cells, self._partitions
+        found = (
+            sum(partition.reader.unverified_bytes for partition in partitions),
+            sum(partition.set_aside for partition in partitions),
+            sum(partition.ledger.damaged_rows for partition in partitions),
+        )
+        for at, now, before in zip((UNVERIFIED, CORRUPT_FILES, CORRUPT_ROWS), found, self._damage_noted, strict=True):
+            cells[at] += now - before
+        self._damage_noted = found
+        present = sum(partition.corrupt_files() for partition in partitions)
+        if self._number == 0:
+            present += len(list(self._runtime.root.glob("*.corrupt")))
+        cells[CORRUPT_PRESENT] = present
+        self._reads.degraded = bool(present or found[2])
 
     # ---- stop
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from zlib import crc32
 
 from catchall.engine.others import Others
 from catchall.engine.partition import Partition
+from catchall.engine.queue_reader import Ends
 from catchall.engine.shard_protocol import (
     COUNT_PAIR,
     COUNTS,
@@ -38,15 +39,23 @@ STATS_NAMES_MAX = 5000  # pending names of a shard that a statistics request loo
 
 
 class _Question:
-    """A COUNTS request: its names, and what was found out so far."""
+    """A request about partitions that have to be drained first: COUNTS with its names, KEY, REPEATS."""
 
-    __slots__ = ("asked", "keys", "names", "numbers", "request")
+    __slots__ = ("asked", "ends", "keys", "names", "numbers", "request")
 
     def __init__(self, request: Request, partitions: int) -> None:
         self.request = request
-        self.keys = request.payload.split(b"\n") if request.payload else []
-        self.names = [key.decode("ascii", "replace") for key in self.keys]
-        self.numbers = [crc32(key) % partitions for key in self.keys]
+        self.keys: list[bytes] = []
+        self.names: list[str] = []
+        if request.kind == COUNTS:
+            self.keys = request.payload.split(b"\n") if request.payload else []
+            self.names = [key.decode("ascii", "replace") for key in self.keys]
+            self.numbers = [crc32(key) % partitions for key in self.keys]
+        elif request.kind == KEY:
+            self.numbers = [KEY_QUESTION.unpack(request.payload)[0]]
+        else:
+            self.numbers = [place[0] for place in PLACE.iter_unpack(request.payload)]
+        self.ends: dict[int, Ends] | None = None  # what it has to see drained, by partition; fixed when it came
         self.asked: dict[str, int] | None = None  # what MongoDB is being asked, filled when it answered
 
 
@@ -67,22 +76,19 @@ class Reads:
         self._partitions, self._count, self._others, self._shared_stats = partitions, partition_count, others, shared_stats
         self._questions: list[_Question] = []
         self._stats: list[Request] = []
-        self._about_ids: list[Request] = []  # KEY and REPEATS
         self.degraded = False
         self.again = False
 
     @property
     def waiting(self) -> bool:
-        return bool(self._questions or self._stats or self._about_ids)
+        return bool(self._questions or self._stats)
 
     def add(self, requests: list[Request]) -> None:
         for request in requests:
-            if request.kind == COUNTS:
+            if request.kind in (COUNTS, KEY, REPEATS):
                 self._questions.append(_Question(request, self._count))
             elif request.kind == STATS:
                 self._stats.append(request)
-            elif request.kind in (KEY, REPEATS):
-                self._about_ids.append(request)
             elif request.kind == PING:
                 request.answer(b"\2" if self.degraded else b"\1")
             else:
@@ -94,39 +100,47 @@ class Reads:
         self.again = False
         if self._questions:
             questions, self._questions = self._questions, []
-            touched = {number for question in questions for number in question.numbers}
-            behind = {n for n in touched if n not in self._partitions or not self._partitions[n].catch_up()}
+            behind = self._catch_up(questions)
             for question in questions:
-                if not behind.isdisjoint(question.numbers):
+                if question.ends is None or not behind.isdisjoint(map(id, question.ends.values())):
                     self._later(question, again=True)
-                else:
+                elif question.request.kind == COUNTS:
                     self._answer(question)
-        if self._about_ids:
-            self._answer_about_ids()
+                else:
+                    self._answer_about_ids(question)
         if self._stats:
             self._answer_stats()
 
-    def _answer_about_ids(self) -> None:
+    def _answer_about_ids(self, question: _Question) -> None:
         """What was decided about keys and ids that were recorded before they were asked about."""
-        requests, self._about_ids = self._about_ids, []
-        for request in requests:
-            if request.kind == KEY:
-                number, key = KEY_QUESTION.unpack(request.payload)
-                if self._caught_up((number,)):
-                    request.answer(self._partitions[number].ids.digest_of(key) or b"")
-                    continue
-            else:
-                places = list(PLACE.iter_unpack(request.payload))
-                if self._caught_up([number for number, *_ in places]):
-                    found = [self._partitions[number].reader.repeats(name.hex(), *at) for number, name, *at in places]
-                    known = [repeats for repeats in found if repeats is not None]
-                    request.answer(REPEATS_ANSWER.pack(sum(known) if len(known) == len(found) else UNKNOWN))
-                    continue
-            self._about_ids.append(request)
-            self.again = True
+        request = question.request
+        if request.kind == KEY:
+            number, key = KEY_QUESTION.unpack(request.payload)
+            request.answer(self._partitions[number].ids.digest_of(key) or b"")
+            return
+        found = [
+            self._partitions[number].reader.repeats(name.hex(), start, end)
+            for number, name, start, end in PLACE.iter_unpack(request.payload)
+        ]
+        known = [repeats for repeats in found if repeats is not None]
+        request.answer(REPEATS_ANSWER.pack(sum(known) if len(known) == len(found) else UNKNOWN))
 
-    def _caught_up(self, numbers: Iterable[int]) -> bool:
-        return all(number in self._partitions and self._partitions[number].catch_up() for number in numbers)
+    def _catch_up(self, questions: list[_Question]) -> set[int]:
+        """Note what the new questions have to see, and drain towards what all of them have to. Returns the `id` of those Ends
+        that are not reached, for which their partition needs another turn."""
+        new = {number for question in questions if question.ends is None for number in question.numbers}
+        arrived = {number: self._partitions[number].arrived() if number in self._partitions else None for number in new}
+        reached: dict[int, bool] = {}
+        for question in questions:
+            if question.ends is None:
+                ends = {number: found for number in question.numbers if (found := arrived[number]) is not None}
+                if len(ends) < len(set(question.numbers)):
+                    continue
+                question.ends = ends
+            for number, end in question.ends.items():
+                if id(end) not in reached:  # questions that came together share it
+                    reached[id(end)] = self._partitions[number].catch_up(end)
+        return {key for key, done in reached.items() if not done}
 
     def _later(self, question: _Question, *, again: bool) -> None:
         self._questions.append(question)

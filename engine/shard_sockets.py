@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import socket
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from catchall.engine.shard_protocol import FRAME_MAX, REQUEST, SocketAddress
 log = logging.getLogger("catchall.shard")
 
 _READ_BYTES = 1 << 18
+ACCEPT_PAUSE_S = 0.5
 
 
 class Request(NamedTuple):
@@ -50,6 +52,7 @@ class Sockets:
         os.chmod(self._address.path, 0o600)
         self._listener.listen(256)
         epoll.register(self._listener, select.EPOLLIN)
+        self._accept_again = 0.0  # when to listen again, after descriptors ran out; 0: listening
         self._connections: dict[int, Connection] = {}
         self._requests: list[Request] = []
 
@@ -71,6 +74,11 @@ class Sockets:
         try:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # no descriptor or memory left: whoever knocks waits until segments were retired
+            log.error("a connection of an HTTP worker has to wait: %s", error)
+            self._epoll.modify(self._listener, 0)
+            self._accept_again = time.monotonic() + ACCEPT_PAUSE_S
             return
         sock.setblocking(False)
         self._connections[sock.fileno()] = Connection(sock)
@@ -104,6 +112,9 @@ class Sockets:
 
     def requests(self) -> list[Request]:
         """What came in since the last call."""
+        if self._accept_again and time.monotonic() >= self._accept_again:
+            self._accept_again = 0.0
+            self._epoll.modify(self._listener, select.EPOLLIN)
         requests, self._requests = self._requests, []
         return requests
 

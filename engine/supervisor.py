@@ -30,7 +30,7 @@ from catchall.engine import data_folder, metric_names
 from catchall.engine.data_folder import FolderError, Manifest
 from catchall.engine.disk import boot_id
 from catchall.engine.metrics_page import READY, MetricsPage
-from catchall.engine.process import RUN_VARIABLE, RuntimeFile, http_places, write_runtime
+from catchall.engine.process import RUN_VARIABLE, RuntimeFile, http_places, raise_file_limit, write_runtime
 from catchall.engine.settings import Settings
 
 log = logging.getLogger("catchall.supervisor")
@@ -234,6 +234,8 @@ def prepare(settings: Settings, data_dir: Path) -> tuple[Manifest, MetricsPage]:
         log.warning("there is no room for the reserve of %d bytes; a full disk will be noticed later", settings.data.reserve)
     run = data_folder.run_folder(data_dir)
     shutil.rmtree(run, ignore_errors=True)
+    if not run.is_dir():
+        run.unlink(missing_ok=True)
     run.mkdir(mode=0o700)
     page = MetricsPage(run, shards=settings.shards.workers, http_places=http_places(settings), create=True)
     content = RuntimeFile(settings=settings, manifest=manifest, boot_id=boot_id().hex(), root=str(root.resolve()))
@@ -243,6 +245,7 @@ def prepare(settings: Settings, data_dir: Path) -> tuple[Manifest, MetricsPage]:
 
 def run(settings: Settings) -> int:
     """`catchall serve`: returns the exit code."""
+    raise_file_limit()
     data_dir = Path(settings.data.dir)
     try:
         lock = data_folder.lock(data_dir)

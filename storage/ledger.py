@@ -7,23 +7,33 @@ statement at most; `in_commit` tells a reader that would rather do something els
 Opening commits before anything else is read (`opened`), because a predecessor that was killed may have left a commit that is
 visible but not yet durable.
 
+Damage      A `chk` covers the counts of each row; one over the row of `meta` covers the rest: `meta.positions` is the xor of
+            the checks of all rows of `segment`. What these or SQLite find wrong is LedgerDamaged, but for a row of `domain`:
+            that is noted (damaged_rows.py) and served. The trace (ledger_trace.py) tells a ledger that lost its end.
+
 Source  SQLite: page size 16384 and many rows a statement doubled the rate of flushes at 10 million rows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import struct
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, reduce
 from importlib.resources import files
+from operator import xor
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from catchall.storage.counts import Row, pack
+from catchall.storage.damaged_rows import DamagedRows, usable
+from catchall.storage.ledger_trace import Trace
 
 FORMAT = 2
 ROWS_PER_STATEMENT = 250
@@ -40,20 +50,40 @@ _UPSERT = """insert into domain values {values} on conflict (name) do update set
 _UPSERT_ONE = _UPSERT.format(values="(?,?,?,?,?,?,?,?)")
 _UPSERT_MANY = _UPSERT.format(values=",".join(["(?,?,?,?,?,?,?,?)"] * ROWS_PER_STATEMENT))
 _LOAD = "select name, delivered, bounced, flush, chk from domain where name in ({})"
-_INSERT_IDS = "insert or replace into id values {}"
+_INSERT_IDS = "insert into id values {}"
 _DELETE_IDS = "delete from id where hash in ({})"
 _LOAD_MANY = _LOAD.format(",".join("?" * NAMES_PER_LOAD))
 
-# SQLite's primary result codes that say what a failed statement means for the transaction.
-_FULL = sqlite3.SQLITE_FULL
-_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_META = (
+    "format, uuid, host, component, partition, partitions, "
+    "flush, pushed, threshold, catch_all, not_catch_all, unknown, positions, ids, service_seconds"
+)
+_SET_META = (
+    "update meta set flush = ?, pushed = ?, threshold = ?, "
+    "catch_all = ?, not_catch_all = ?, unknown = ?, positions = ?, ids = ?, service_seconds = ?, chk = ?"
+)
+_SEGMENT = "insert or replace into segment values (?, ?, ?, ?)"
+_SCHEMA = "select m.name, c.name, c.type, c.pk from sqlite_schema m, pragma_table_info(m.name) c order by m.name, c.cid"
 
+# What SQLite's primary result codes say about a failed statement; the statements themselves are right, the rest is the file.
+_FULL = sqlite3.SQLITE_FULL
+_DAMAGED = frozenset(
+    {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
+)
+_UNREADABLE = frozenset({sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS})
 
 _COUNTS = struct.Struct("<QQQ")
 
 
+HeldId = tuple[bytes, bytes | None, int]  # hash, the digest of its request if it is a key, service seconds when it came
+
+
 class LedgerDamaged(Exception):
-    """The file is no ledger, is damaged, or belongs to another folder or partition."""
+    """The file is no ledger, is damaged, or belongs to another folder or partition. It must be set aside and begun anew."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path}: {what}")
+        self.path = path
 
 
 class LedgerFull(Exception):
@@ -74,10 +104,13 @@ class Tallies:
 
 @dataclass(slots=True)
 class Meta:
+    uuid: str
     component: str
     flush: int
     pushed: int
     tallies: Tallies
+    ids: int = 0  # xor of the checks of all that are held
+    service_seconds: int = 0
     service_seconds: int
 
 
@@ -85,14 +118,19 @@ class Meta:
 class Position:
     consumed: int
     clock: int
+    finished: bool = False  # nothing follows, so the file may be gone
 
 
 @dataclass(frozen=True, slots=True)
 class IdChanges:
-    """What a flush changes in the table of ids.   new: (hash, digest, age).   gone: hashes, perhaps of new ones among them."""
+    """What a flush changes in the table of ids.
 
-    new: Sequence[tuple[bytes, bytes | None, int]] = ()
-    gone: Sequence[bytes] = ()
+    gone   rows that are there; a hash of them may be new again, with another age
+    new    rows whose hashes are not there, or among those that go
+    """
+
+    new: Sequence[HeldId] = ()
+    gone: Sequence[HeldId] = ()
     service_seconds: int = 0
 
 
@@ -101,10 +139,34 @@ def check_of(name: str, delivered: int, bounced: int, flush: int) -> int:
     return zlib.crc32(_COUNTS.pack(delivered, bounced, flush), zlib.crc32(name.encode()))
 
 
+def check_holds(name: object, delivered: object, bounced: object, flush: object, chk: object) -> bool:
+    """Whether a row is what was written, whatever its columns hold."""
+    try:
+        return chk == check_of(name, delivered, bounced, flush)  # type: ignore[arg-type]
+    except (struct.error, TypeError, AttributeError):
+        return False
+
+
+def _check_of_values(*values: object) -> int:
+    return zlib.crc32("\0".join(map(str, values)).encode())
+
+
+def _check_of_ids(ids: Iterable[HeldId]) -> int:
+    """The xor of the checks of rows of `id`: for those that come as for those that go."""
+    return reduce(xor, (zlib.crc32(b"%b%b%d" % (hash, digest or b"", age)) for hash, digest, age in ids), 0)
+
+
+def _check_of_positions(positions: Mapping[str, Position]) -> int:
+    """The xor of the checks of all rows of `segment`: in whichever order they are read."""
+    return reduce(xor, (_check_of_values(name, p.consumed, p.clock, int(p.finished)) for name, p in positions.items()), 0)
+
+
 class Ledger:
     """An open ledger.
 
     component   the name to give its counts in MongoDB if the file is made now
+    begin       if it is made now: where to go on in the queues
+    must_exist  it was made before: not to make it but to raise LedgerDamaged if the file holds nothing
     threshold   the rule's; the tallies are counted anew when they were made with another
     synchronous "FULL", or "OFF" on tmpfs
     Raises      LedgerDamaged; LedgerFull or sqlite3.OperationalError when the disk does not let it be opened.
@@ -121,23 +183,41 @@ class Ledger:
         threshold: int,
         synchronous: str = "FULL",
         cache_bytes: int = 16 << 20,
+        begin: Mapping[str, Position] | None = None,
+        must_exist: bool = False,
     ) -> None:
         self.path, self.threshold = path, threshold
         self.in_commit = False
-        self.damaged_rows = 0  # rows loaded whose chk did not match
+        self.trace: Trace | None = None  # notes every commit
+        self._damaged_rows = DamagedRows(path)
+        self._identity = (FORMAT, host, partition, partitions)
         self._lock, self._turn = threading.Lock(), threading.Lock()
         self._transaction = threading.Lock()
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=32)
         try:
-            with _failures_explained(path):
-                self._open(host, component, partition, partitions, synchronous, cache_bytes)
+            with failures_explained(path, opening=True):
+                self._configure(synchronous, cache_bytes)
+                self._db.execute("begin immediate")
+                if new := not self._is_made():
+                    if must_exist:
+                        raise LedgerDamaged(path, "nothing is in it, and this partition had a ledger")
+                    self._make(component, begin or {})
+                self._db.execute("update meta set opened = opened + 1")
+                self._db.execute("commit")
+                if new:  # so that a -wal which is lost later takes the last flushes with it, and not the whole ledger
+                    self._db.execute("pragma wal_checkpoint(passive)")
+                self._positions: dict[str, Position] = {}
+                self._read_meta()
         except BaseException:
             self._db.close()
             raise
 
-    def _open(
-        self, host: str, component: str, partition: int, partitions: int, synchronous: str, cache_bytes: int
-    ) -> None:
+    @property
+    def damaged_rows(self) -> int:
+        """Rows that were read and whose check did not hold."""
+        return self._damaged_rows.found
+
+    def _configure(self, synchronous: str, cache_bytes: int) -> None:
         run = self._db.execute
         run("pragma page_size = 16384")
         run("pragma locking_mode = exclusive")
@@ -145,35 +225,49 @@ class Ledger:
         run(f"pragma synchronous = {synchronous}")
         run(f"pragma cache_size = {-max(1024, cache_bytes // 1024)}")
         run("pragma journal_size_limit = 67108864")
-        run("begin immediate")
-        for statement in files("catchall.storage").joinpath("schema.sql").read_text().split(";\n"):
-            if statement.strip():
-                run(statement)
-        if run("select format from meta").fetchone() == (1,):  # it had no ids
-            run("alter table meta add column service_seconds integer not null default 0")
-            run("update meta set format = ?", (FORMAT,))
-        run(
-            "insert or ignore into meta values (1, ?, ?, ?, ?, ?, ?, 0, 0, ?, 0, 0, 0, 0, 0)",
-            (FORMAT, str(uuid4()), host, component, partition, partitions, self.threshold),
-        )
-        run("update meta set opened = opened + 1")
-        run("commit")
-        row = run(
-            "select format, host, partition, partitions, component, flush, pushed, threshold, "
-            "catch_all, not_catch_all, unknown, service_seconds from meta"
-        ).fetchone()
-        if row[:4] != (FORMAT, host, partition, partitions):
+
+    def _is_made(self) -> bool:
+        """Whether it has its tables. Raises LedgerDamaged if it has others: what is missing must not be made again, empty."""
+        found = self._db.execute(_SCHEMA).fetchall()
+        if found and found != _expected_schema():
+            raise LedgerDamaged(self.path, "its tables are not those of a ledger")
+        return bool(found)
+
+    def _make(self, component: str, begin: Mapping[str, Position]) -> None:
+        run = self._db.execute
+        for statement in schema():
+            run(statement)
+        form, *where = self._identity
+        check = _check_of_positions(begin)
+        meta = [form, uuid4().hex, where[0], component, *where[1:], 0, 0, self.threshold, 0, 0, 0, check, 0, 0]
+        run(f"insert into meta ({_META}, chk, opened, one) values ({'?,' * 15} ?, 0, 1)", [*meta, _check_of_values(*meta)])
+        for name, at in begin.items():
+            run(_SEGMENT, (name, at.consumed, at.clock, at.finished))
+
+    def _read_meta(self) -> None:
+        form, uuid, host, component, partition, partitions, flush, pushed, threshold, *rest = meta_row(self._db, self.path)
+        *tallies, positions, ids, seconds = rest
+        if (form, host, partition, partitions) != self._identity:
+            ours = "format {}, host {}, partition {} of {}".format(*self._identity)
             raise LedgerDamaged(
-                f"{self.path} says format {row[0]}, host {row[1]}, partition {row[2]} of {row[3]}; "
-                f"this is format {FORMAT}, host {host}, partition {partition} of {partitions}"
+                self.path, f"it is of format {form}, host {host}, partition {partition} of {partitions}; this is {ours}"
             )
-        self.meta = Meta(row[4], row[5], row[6], Tallies(*row[8:11]), row[11])
-        if row[7] != self.threshold:
+        self.meta = Meta(uuid, component, flush, pushed, Tallies(*tallies), ids, seconds)
+        rows = self._db.execute("select name, consumed, clock, finished from segment").fetchall()
+        self._positions = {name: Position(consumed, clock, bool(finished)) for name, consumed, clock, finished in rows}
+        if _check_of_positions(self._positions) != positions:
+            raise LedgerDamaged(self.path, "its reading positions do not match their check")
+        if threshold != self.threshold:
             self.meta.tallies = self._count_tallies()
-            run(
-                "update meta set threshold = ?, catch_all = ?, not_catch_all = ?, unknown = ?",
-                (self.threshold, self.meta.tallies.catch_all, self.meta.tallies.not_catch_all, self.meta.tallies.unknown),
-            )
+            self._write_meta(self.meta, self._positions)
+
+    def _write_meta(self, meta: Meta, positions: Mapping[str, Position]) -> None:
+        form, host, partition, partitions = self._identity
+        own = (form, meta.uuid, host, meta.component, partition, partitions)
+        tallies = (meta.tallies.catch_all, meta.tallies.not_catch_all, meta.tallies.unknown)
+        checks = (_check_of_positions(positions), meta.ids)
+        values = (meta.flush, meta.pushed, self.threshold, *tallies, *checks, meta.service_seconds)
+        self._run(_SET_META, (*values, _check_of_values(*own, *values)))
 
     def _count_tallies(self) -> Tallies:
         """One scan of the table, at a start with another threshold."""
@@ -200,13 +294,14 @@ class Ledger:
 
     def positions(self) -> dict[str, Position]:
         """How far each segment is in the counts, by name."""
-        with self._statement(), _failures_explained(self.path):
-            return {name: Position(*rest) for name, *rest in self._db.execute("select name, consumed, clock from segment")}
+        return dict(self._positions)
 
-    def ids(self) -> list[tuple[bytes, bytes | None, int]]:
-        """The ids that are held, oldest first: (hash, digest, age)."""
-        with self._statement(), _failures_explained(self.path):
-            return self._db.execute("select hash, digest, age from id order by age").fetchall()
+    def ids(self) -> tuple[list[HeldId], bool]:
+        """(the ids that are held, oldest first; whether they are what was written). What is damaged of them stays as it is."""
+        with self._statement(), failures_explained(self.path):
+            held = self._db.execute("select hash, digest, age from id order by age").fetchall()
+        expected, self.meta.ids = self.meta.ids, _check_of_ids(held)
+        return held, expected == self.meta.ids
 
     def load(self, names: Sequence[str]) -> dict[str, int]:
         """The packed counts of those names that have a row. A row under an open transaction of `write` counts as it is."""
@@ -214,11 +309,12 @@ class Ledger:
         for at in range(0, len(names), NAMES_PER_LOAD):
             some = names[at : at + NAMES_PER_LOAD]
             query = _LOAD_MANY if len(some) == NAMES_PER_LOAD else _LOAD.format(",".join("?" * len(some)))
-            with self._statement(), _failures_explained(self.path):
+            with self._statement(), failures_explained(self.path):
                 rows = self._db.execute(query, some).fetchall()
             for name, delivered, bounced, flush, chk in rows:
-                if chk != check_of(name, delivered, bounced, flush):
-                    self.damaged_rows += 1
+                if not check_holds(name, delivered, bounced, flush, chk):
+                    self._damaged_rows.note((name, delivered, bounced, flush, chk))
+                    delivered, bounced = usable(delivered), usable(bounced)
                 found[name] = pack(delivered, bounced)
         return found
 
@@ -236,8 +332,15 @@ class Ledger:
         Raises  LedgerFull: rolled back, nothing happened. Any other error: the outcome is unknown, and the process must
                 exit and open the ledger anew.
         """
-        number, seconds = self.meta.flush + 1, self.meta.service_seconds
         with self._transaction:
+            meta = replace(self.meta, flush=self.meta.flush + 1, tallies=tallies)
+            if ids is not None:
+                meta.ids ^= _check_of_ids(ids.gone) ^ _check_of_ids(ids.new)
+                meta.service_seconds = ids.service_seconds
+            number = meta.flush
+            after = {**self._positions, **positions}
+            for name in gone:
+                after.pop(name, None)
             self._run("begin immediate")
             try:
                 for at in range(0, len(rows) - len(rows) % ROWS_PER_STATEMENT, ROWS_PER_STATEMENT):
@@ -249,16 +352,12 @@ class Ledger:
                 for row in rows[len(rows) - len(rows) % ROWS_PER_STATEMENT :]:
                     self._run(_UPSERT_ONE, (*row, number, check_of(row[0], row[1], row[2], number)))
                 for name, position in positions.items():
-                    self._run("insert or replace into segment values (?, ?, ?)", (name, position.consumed, position.clock))
+                    self._run(_SEGMENT, (name, position.consumed, position.clock, position.finished))
                 for name in gone:
                     self._run("delete from segment where name = ?", (name,))
                 if ids is not None:
                     self._write_ids(ids)
-                    seconds = ids.service_seconds
-                self._run(
-                    "update meta set flush = ?, catch_all = ?, not_catch_all = ?, unknown = ?, service_seconds = ?",
-                    (number, tallies.catch_all, tallies.not_catch_all, tallies.unknown, seconds),
-                )
+                self._write_meta(meta, after)
                 self.in_commit = True
                 self._run("commit")
             except LedgerFull:
@@ -267,50 +366,110 @@ class Ledger:
                 raise
             finally:
                 self.in_commit = False
-        self.meta.flush, self.meta.tallies, self.meta.service_seconds = number, tallies, seconds
+            if self.trace is not None:
+                with contextlib.suppress(OSError):  # an older number there proves less, and is never wrong
+                    self.trace.note(number)
+            self.meta, self._positions = meta, after
         return number
 
     def _write_ids(self, ids: IdChanges) -> None:
+        for at in range(0, len(ids.gone), NAMES_PER_LOAD):
+            hashes = [hash for hash, _, _ in ids.gone[at : at + NAMES_PER_LOAD]]
+            self._run(_DELETE_IDS.format(",".join("?" * len(hashes))), hashes)
         for at in range(0, len(ids.new), ROWS_PER_STATEMENT):
             some = ids.new[at : at + ROWS_PER_STATEMENT]
             self._run(_INSERT_IDS.format(",".join(["(?,?,?)"] * len(some))), [field for row in some for field in row])
-        for at in range(0, len(ids.gone), NAMES_PER_LOAD):
-            hashes = ids.gone[at : at + NAMES_PER_LOAD]
-            self._run(_DELETE_IDS.format(",".join("?" * len(hashes))), hashes)
 
     def _run(self, statement: str, values: Sequence[str | int | bytes | None] = ()) -> None:
-        with self._statement(), _failures_explained(self.path):
+        with self._statement(), failures_explained(self.path):
             self._db.execute(statement, values)
 
     def scan(self, after: int) -> Iterator[list[Row]]:
-        """The rows of flushes later than `after`, in key order and in pieces, never while a transaction is open."""
-        name = ""
-        while True:
-            with self._transaction, self._statement(), _failures_explained(self.path):
-                rows = self._db.execute(
-                    "select name, delivered, bounced, first_at, last_delivered_at, last_bounced_at from domain "
-                    "where name > ? and flush > ? order by name limit ?",
-                    (name, after, ROWS_PER_SCAN),
-                ).fetchall()
-            if not rows:
-                return
-            yield rows
-            name = rows[-1][0]
+        """The rows of flushes later than `after`, in key order and in pieces, never while a transaction is open.
+
+        A damaged row is left out: what MongoDB once took of it could never be lowered again.
+        """
+        name: str | None = ""
+        while name is not None:
+            piece, name = self._piece(name, after, ROWS_PER_SCAN)
+            if rows := [row[:6] for row in piece if self._sound(row)]:
+                yield rows
+
+    def verify(self, after: str, rows_max: int) -> tuple[int, str | None]:
+        """Check the next rows after a name: (how many there were, where to go on; None at the end). Raises LedgerDamaged."""
+        rows, last = self._piece(after, -1, rows_max)
+        for row in rows:
+            self._sound(row)
+        return len(rows), last
+
+    def _sound(self, row: tuple[Any, ...]) -> bool:
+        checked = (row[0], row[1], row[2], row[6], row[7])
+        if check_holds(*checked):
+            return True
+        self._damaged_rows.note(checked)
+        return False
+
+    def _piece(self, name: str, after: int, rows_max: int) -> tuple[list[tuple[Any, ...]], str | None]:
+        with self._transaction, self._statement(), failures_explained(self.path):
+            rows = self._db.execute(
+                "select name, delivered, bounced, first_at, last_delivered_at, last_bounced_at, flush, chk from domain "
+                "where name > ? and flush > ? order by name limit ?",
+                (name, after, rows_max),
+            ).fetchall()
+        for row in rows:  # or else a look-up goes astray, and a scan round and round
+            if not isinstance(row[0], str) or row[0] <= name:
+                raise LedgerDamaged(self.path, f"its rows are not in order: {row[0]!r} comes after {name!r}")
+            name = row[0]
+        return rows, name if rows else None
 
     def set_pushed(self, pushed: int) -> None:
         with self._transaction:
-            self._run("update meta set pushed = ?", (pushed,))
-        self.meta.pushed = pushed
+            meta = replace(self.meta, pushed=pushed)
+            self._write_meta(meta, self._positions)
+            self.meta = meta
+
+
+def meta_row(db: sqlite3.Connection, path: Path) -> tuple[Any, ...]:
+    """The columns of _META. Raises LedgerDamaged if they do not match their check."""
+    with failures_explained(path, opening=True):
+        row = db.execute(f"select {_META}, chk from meta").fetchone()
+    if row is None or _check_of_values(*row[:-1]) != row[-1]:
+        raise LedgerDamaged(path, "what it says about itself does not match its check")
+    return tuple(row[:-1])
+
+
+def schema() -> list[str]:
+    """The statements that make a ledger's tables."""
+    text = files("catchall.storage").joinpath("schema.sql").read_text()
+    return [statement for statement in text.split(";\n") if statement.strip()]
+
+
+@cache
+def _expected_schema() -> list[tuple[Any, ...]]:
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        for statement in schema():
+            db.execute(statement)
+        return db.execute(_SCHEMA).fetchall()
 
 
 @contextlib.contextmanager
-def _failures_explained(path: Path) -> Iterator[None]:
+def failures_explained(path: Path, opening: bool = False) -> Iterator[None]:
+    """opening  the schema is read now, so a statement that does not fit it is damage; later it would be a mistake of ours"""
     try:
         yield
+    except UnicodeDecodeError as error:  # of a message of SQLite's that quotes what it found
+        raise LedgerDamaged(path, f"what it holds is no text: {error}") from error
     except sqlite3.DatabaseError as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        if code == _FULL:
+        code: int | None = getattr(error, "sqlite_errorcode", None)
+        if code is None:  # not SQLite's: text that is no UTF-8 is damage, the use of a closed connection is not
+            if isinstance(error, sqlite3.OperationalError):
+                raise LedgerDamaged(path, str(error)) from error
+            raise
+        primary = code & 0xFF
+        if primary == _FULL:
             raise LedgerFull(f"{path}: {error}") from error
-        if code in _DAMAGED:
-            raise LedgerDamaged(f"{path}: {error}") from error
+        # A damaged header can say "read-only"; a file that really is stays where it is.
+        unwritable = primary == sqlite3.SQLITE_READONLY and os.access(path, os.W_OK)
+        if primary in _DAMAGED or code in _UNREADABLE or unwritable or (opening and primary == sqlite3.SQLITE_ERROR):
+            raise LedgerDamaged(path, str(error)) from error
         raise

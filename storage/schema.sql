@@ -1,6 +1,6 @@
 -- The ledger of one partition (protocol, section 1). Written by one process through one connection.
 
-create table if not exists domain (
+create table domain (
     name              text primary key,   -- in normal form (engine/rules.py)
     delivered         integer not null,   -- absolute; never falls
     bounced           integer not null,
@@ -11,19 +11,20 @@ create table if not exists domain (
     chk               integer not null    -- crc32 of name, then delivered, bounced, flush
 ) strict, without rowid;
 
-create table if not exists segment (
+create table segment (
     name     text primary key,            -- of an event queue's file, without .seg
     consumed integer not null,            -- payload bytes that are in the counts
-    clock    integer not null             -- the second told by the last clock line below `consumed`
+    clock    integer not null,            -- the second told by the last clock line below `consumed`
+    finished integer not null             -- 1: nothing follows, and the file may be gone
 ) strict, without rowid;
 
-create table if not exists id (            -- of events and requests that are to count once (engine/ids.py)
+create table id (                         -- of events and requests that are to count once (engine/ids.py)
     hash   blob primary key,              -- 16 bytes
     digest blob,                          -- of the request, 16 bytes, if this is an Idempotency-Key
     age    integer not null               -- meta.service_seconds when it came
 ) strict, without rowid;
 
-create table if not exists meta (         -- one row
+create table meta (                       -- one row
     one           integer primary key check (one = 1),
     format        integer not null,
     uuid          text not null,          -- of this ledger file
@@ -37,6 +38,9 @@ create table if not exists meta (         -- one row
     catch_all     integer not null,       -- tallies: domains by status
     not_catch_all integer not null,
     unknown       integer not null,
-    opened        integer not null,       -- how often it was opened
-    service_seconds integer not null default 0  -- how long this partition was in service; ages of ids count in these
+    positions     integer not null,       -- xor of the checks of all rows of `segment`
+    ids           integer not null,       -- xor of the checks of all rows of `id`
+    service_seconds integer not null,     -- how long this partition was in service; ages of ids count in these
+    chk           integer not null,       -- crc32 of all of this row but `one` and `opened`
+    opened        integer not null        -- how often it was opened
 ) strict;

@@ -398,10 +398,37 @@ def test_a_reader_that_runs_out_of_descriptors_sets_nothing_aside(tmp_path, erro
     append(queue, b"+a.example\n")
     queue.close()
     reader = new_reader(tmp_path, disk=Disk(open=failing(os.open, on=1, error=error)))
-    with pytest.raises(OSError, match=os.strerror(error)):
-        reader.discover()
+    reader.discover()
+    assert not reader.complete, "a read must wait for it"
     assert read_all(reader) == {"a.example": (1, 0)}
+    assert reader.complete
     assert reader.corrupt_files == 0
+    reader.close()
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EPERM, errno.ENOLCK])
+def test_a_segment_that_cannot_be_opened_now_is_tried_again_and_holds_up_nothing(tmp_path, error, caplog):
+    for name in ("a", "b"):
+        queue = new_queue(tmp_path)
+        append(queue, f"+{name}.example\n".encode())
+        queue.close()
+    reader = new_reader(tmp_path, disk=Disk(open=failing(os.open, on=1, error=error)))
+    reader.discover()
+    assert reader.complete
+    assert len(reader.unread()) == 1
+    assert "is tried again" in caplog.text
+    assert read_all(reader) == {"a.example": (1, 0), "b.example": (1, 0)}
+    assert reader.corrupt_files == 0
+    reader.close()
+
+
+def test_a_segment_on_a_bad_sector_is_set_aside(tmp_path):
+    queue = new_queue(tmp_path)
+    append(queue, b"+a.example\n")
+    queue.close()
+    reader = new_reader(tmp_path, disk=Disk(open=failing(os.open, on=1, error=errno.EIO)))
+    assert read_all(reader) == {}
+    assert reader.corrupt_files == len(list(tmp_path.glob("*.corrupt"))) == 1
     reader.close()
 
 

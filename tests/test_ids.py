@@ -1,9 +1,7 @@
 """Ids and keys of one partition: an exact set with a window, durable together with what was counted."""
 
 import itertools
-import os
 import random
-import sqlite3
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +15,7 @@ from catchall.engine import ids, lines
 from catchall.engine.event_queue import EventQueue
 from catchall.engine.ids import Ids, Repeats, event_id, forget_oldest, ids_of_request, key_id, request_digest, window_held
 from catchall.engine.pending import Pending
-from catchall.storage.ledger import LedgerFull
+from catchall.storage.ledger import HeldId, IdChanges, LedgerFull
 
 KEY, DIGEST, OTHER = key_id(b"key"), request_digest(b"one body"), request_digest(b"another body")
 
@@ -40,6 +38,16 @@ def line(number: int, name: str = "a.example", count: int = 1) -> bytes:
 
 def hash_of(number: int) -> bytes:
     return bytes.fromhex(event_id(str(number), b"+", b"a.example").decode())
+
+
+def row(number: int, age: int) -> HeldId:
+    return hash_of(number), None, age
+
+
+def gone(held: Ids) -> list[int]:
+    """The numbers of the lines whose ids a cut says are forgotten."""
+    numbers = {hash_of(number): number for number in range(20)}
+    return [numbers[hash] for hash, _, _ in held.cut().changes.gone]
 
 
 def counted(held: Ids, *some: bytes) -> tuple[bytes, Repeats]:
@@ -151,9 +159,9 @@ def test_beyond_the_number_the_oldest_of_all_partitions_are_forgotten() -> None:
         counted(partitions[number % 2], line(number))  # the third has none
         clock.now += 1
     forget_oldest(partitions, 12)
-    assert [ids.cut().changes.gone for ids in partitions] == [[], [], []]
+    assert [gone(ids) for ids in partitions] == [[], [], []]
     forget_oldest(partitions, 7)
-    assert [ids.cut().changes.gone for ids in partitions] == [[hash_of(n) for n in of] for of in ([0, 2, 4], [1, 3], [])]
+    assert [gone(ids) for ids in partitions] == [[0, 2, 4], [1, 3], []]
     assert [counted(partitions[n % 2], line(n))[0] for n in (5, 4)] == [b"", b"+a.example\n"]
 
 
@@ -161,7 +169,7 @@ def test_of_many_ids_of_one_second_no_more_are_forgotten_than_need_be() -> None:
     held = new_ids(clock=Clock())
     counted(held, *map(line, range(10)))
     forget_oldest([held], 7)
-    assert held.cut().changes.gone == [hash_of(n) for n in range(3)]
+    assert held.cut().changes == IdChanges([row(n, 0) for n in range(3, 10)], [], 0)
 
 
 def test_an_id_is_forgotten_after_so_much_time_in_service() -> None:
@@ -173,7 +181,7 @@ def test_an_id_is_forgotten_after_so_much_time_in_service() -> None:
     cut = held.cut()
     assert (len(cut.changes.new), cut.changes.gone, cut.changes.service_seconds) == (2, [], 40)
     clock.now += 30
-    assert held.cut().changes.gone == [hash_of(1)]
+    assert gone(held) == [1]
     assert counted(held, line(1), line(2))[0] == b"+a.example\n"
 
 
@@ -185,9 +193,9 @@ def test_time_out_of_service_does_not_age_ids() -> None:
     saved = held.cut().changes
     clock.now += 1_000_000
     later = new_ids(saved.new, saved.service_seconds, window_s=60.0, clock=clock)
-    assert later.cut().changes.gone == []
+    assert gone(later) == []
     clock.now += 11
-    assert later.cut().changes.gone == [hash_of(1)]
+    assert gone(later) == [1]
 
 
 def test_the_window_that_is_told_is_what_is_really_held() -> None:
@@ -203,16 +211,17 @@ def test_the_window_that_is_told_is_what_is_really_held() -> None:
 
 def test_an_id_that_came_back_after_it_was_forgotten_stays_in_the_ledger() -> None:
     """The flush that was to delete it had no room, and meanwhile it came again."""
-    held = new_ids()
+    clock = Clock()
+    held = new_ids(clock=clock)
     counted(held, line(1))
     held.cut()
     held.forget_oldest(1)
     failed = held.cut()
-    assert failed.changes.gone == [hash_of(1)]
+    assert failed.changes.gone == [row(1, 0)]
     held.uncut(failed)
+    clock.now += 5
     counted(held, line(1))
-    cut = held.cut()
-    assert ([hash for hash, _, _ in cut.changes.new], cut.changes.gone) == ([hash_of(1)], [])
+    assert held.cut().changes == IdChanges([row(1, 5)], [row(1, 0)], 5)
 
 
 # ---- durable together with the counts
@@ -307,7 +316,7 @@ def test_a_full_disk_forgets_no_id(tmp_path: Path) -> None:
     run, attempts = partition.ledger._run, itertools.count()
 
     def full_at_first(statement: str, values: Any = ()) -> None:
-        if statement.startswith("insert or replace into id") and next(attempts) == 0:
+        if statement.startswith("insert into id") and next(attempts) == 0:
             raise LedgerFull("no room")
         run(statement, values)
 
@@ -337,23 +346,28 @@ def test_many_new_ids_of_one_name_bring_a_flush_before_they_fill_the_memory(tmp_
     partition.close()
 
 
-def test_a_ledger_of_the_format_without_ids_gets_them(tmp_path: Path) -> None:
+def test_damaged_ids_are_said_and_nothing_else_suffers(tmp_path: Path) -> None:
     host = Host(tmp_path)
     queue = host.queue()
-    append(queue, b"+a.example 5\n")
+    resend(queue, range(10))
     partition = host.own()
     settle(partition)
     partition.close()
-    with sqlite3.connect(tmp_path / "00" / "ledger.db") as database:
-        database.execute("drop table id")
-        database.execute("alter table meta drop column service_seconds")
-        database.execute("update meta set format = 1")
-    database.close()
+    path = tmp_path / "00" / "ledger.db"
+    hash = bytes.fromhex(event_id("3", b"+", b"n3.example").decode())
+    content = path.read_bytes()
+    assert content.count(hash) == 1
+    path.write_bytes(content.replace(hash, hash[:15] + bytes([hash[15] ^ 1])))
     partition = host.own()
-    resend(queue, range(3))
-    resend(queue, range(3))
+    assert partition.set_aside == 1
+    assert len(list((tmp_path / "00").glob("ids-*.corrupt"))) == 1
+    resend(queue, range(10))
     queue.close()
     settle(partition)
-    assert ledger_counts(partition) == wanted(range(3)) | {"a.example": (5, 0)}
-    assert not os.listdir(tmp_path / "00" / "q")
+    counts = ledger_counts(partition)
+    assert counts.pop("n3.example") == (3, 0), "its id was lost"
+    assert set(counts.values()) == {(2, 0)}
+    partition.close()
+    partition = host.own()
+    assert len(list((tmp_path / "00").glob("ids-*.corrupt"))) == 1, "it is said once"
     partition.close()

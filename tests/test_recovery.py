@@ -305,7 +305,7 @@ def test_a_ledger_set_aside_while_a_writer_lives_loses_nothing_that_is_acknowled
     writer.write(queue, NAMES)
     partition = host.own()
     settle(partition)
-    partition.supersede("a later state is known")
+    partition.condemn("a later state is known")
     partition.close()
     partition = host.own()
     after = Writer()
