@@ -11,6 +11,7 @@ Recover     lock the partition (waiting for its former owner to be gone); open t
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ from catchall.engine.disk import Disk, try_lock
 from catchall.engine.flush import Flush
 from catchall.engine.folder_watch import FolderWatch
 from catchall.engine.ids import Ids
-from catchall.engine.ledger_opening import condemn, open_ledger
+from catchall.engine.ledger_opening import condemn, leave_note, open_ledger
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import Ends, QueueReader
 from catchall.engine.rules import status
 from catchall.engine.scrub import Scrub
 from catchall.storage.counts import Row, unpack
 from catchall.storage.ledger import Ledger, Tallies
+
+log = logging.getLogger("catchall.partition")
 
 COLD_COST = 5  # a name whose base must be read from the ledger counts as so many in memory, for statistics
 CATCH_UP_BYTES = 4 << 20  # drained for a read in one go: what is longer would keep the shard from everything else
@@ -82,7 +85,9 @@ class Partition:
         self.recent = RecentRows() if options.keep_rows else None
         held, intact = self.ledger.ids()
         if not intact:
-            leave_note(self._folder, "ids", "ids of its ledger are damaged: a resend of what has such an id may count twice")
+            what = f"{self.ledger.path}: some of its ids are damaged; a resend of what has such an id may count twice"
+            log.error("%s", what)
+            leave_note(self._folder, "ids", what)
             self._set_aside += 1
         self.ids = Ids(held, self.ledger.meta.service_seconds, window_s=options.ids_window)
         self.reader = QueueReader(

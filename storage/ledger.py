@@ -22,7 +22,7 @@ import sqlite3
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from importlib.resources import files
@@ -111,7 +111,6 @@ class Meta:
     tallies: Tallies
     ids: int = 0  # xor of the checks of all that are held
     service_seconds: int = 0
-    service_seconds: int
 
 
 @dataclass(frozen=True, slots=True)
