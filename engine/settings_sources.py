@@ -98,6 +98,7 @@ def load(
         if not values.get(name):
             sources[name] += ", from the number of CPUs"
     _check_pairs(settings, sources)
+    _check_uri(settings, sources["mongodb.uri"])
     return Loaded(settings, sources)
 
 
@@ -212,6 +213,18 @@ def _check_pairs(settings: Settings, sources: Mapping[str, str]) -> None:
             raise SettingsError(sources[high], high, _shown(high, high_value), expected)
         expected = f"at most {high}, which is {as_written(high, high_value)} ({sources[high]}): {why}"
         raise SettingsError(sources[low], low, _shown(low, low_value), expected)
+
+
+def _check_uri(settings: Settings, source: str) -> None:
+    """What MongoDB's own library would refuse at the first connection is refused here."""
+    if source == DEFAULT:
+        return
+    from catchall.storage.mongodb import BadMongoURI, check_uri  # only here: that library takes a moment to load
+
+    try:
+        check_uri(settings.mongodb.uri)
+    except BadMongoURI as bad:
+        raise SettingsError(source, "mongodb.uri", settings.mongodb.uri, f"a URI that can work; {bad}") from None
 
 
 def _shown(name: str, value: object) -> object:
