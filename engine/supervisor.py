@@ -31,7 +31,7 @@ from catchall.engine.data_folder import FolderError, Manifest
 from catchall.engine.disk import boot_id
 from catchall.engine.metrics_page import READY, MetricsPage
 from catchall.engine.process import RUN_VARIABLE, RuntimeFile, http_places, write_runtime
-from catchall.engine.settings import Settings
+from catchall.engine.settings import Settings, backlog_least
 
 log = logging.getLogger("catchall.supervisor")
 
@@ -220,6 +220,11 @@ def prepare(settings: Settings, data_dir: Path) -> tuple[Manifest, MetricsPage]:
         raise FolderError(
             f"{settings.shards.workers} shards were asked for (shards.workers); {data_dir} was made with {manifest.partitions} "
             f"partitions, and each shard needs one"
+        )
+    if settings.data.backlog_max < (least := backlog_least(settings, manifest.partitions)):
+        raise FolderError(
+            f"data.backlog_max is {settings.data.backlog_max}, and the {manifest.partitions} partitions of {data_dir} need at "
+            f"least {least}: with less, writes could be refused for ever with nothing left to count"
         )
     if manifest.partitions != settings.data.partitions:
         log.warning("the data folder was made with %d partitions, and keeps them; data.partitions = %d has no effect",

@@ -46,6 +46,7 @@ class Worker:
             boot_id=runtime.boot_id,
             data=config.data,
             slot=slot,
+            write_timeout_s=config.server.write_timeout,
         )
         queues.start()
         shards = [
