@@ -1,4 +1,4 @@
-"""How a partition comes to its ledger when it is opened: the one that is there, or, in place of a lost one, a new one.
+"""How a partition comes to its ledger when it is opened: the one that is there, or, in place of one that is over, a new one.
 
 A ledger is lost when it is damaged, gone, emptied, of another folder or partition, condemned by the process that had it open,
 or, with a copy in MongoDB, behind what its trace says. It is set aside with its -wal, and so is what its segments held, because
@@ -6,6 +6,9 @@ only it knew how much of that was counted. The new one has a new component: Mong
 
 Set aside   1 the segments: those of dead writers renamed, of living ones copied, to be read on from where they are now
             2 the -wal, then the ledger   3 a new ledger that holds these positions   4 its trace
+Superseded  MongoDB knows a later state of the ledger than the ledger itself, so the folder is a copy or an old backup. But it is
+            whole: the new one goes on from its positions and with its ids, and nothing is set aside but the ledger itself.
+            Its mark names the component that is over, so a death anywhere leaves all of it to do, or nothing but the mark.
 Died?       Before the ledger's own rename all of it is done again. After it there is a trace and no ledger, or one that was
             never finished: a lost ledger again.
 Behind      Without a copy in MongoDB a ledger that lost its last commits is used: its counts and positions went back together.
@@ -22,14 +25,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from catchall.engine.disk import try_lock
+from catchall.engine.disk import DISK, try_lock
 from catchall.storage import ledger_trace
-from catchall.storage.ledger import Ledger, LedgerDamaged, Position
+from catchall.storage.ledger import IdChanges, Ledger, LedgerDamaged, LedgerFull, Position
 from catchall.storage.ledger_trace import Noted, Trace
 
 log = logging.getLogger("catchall.partition")
 
 _MARK = "ledger.condemned"
+_OVER = "ledger.superseded"
 
 
 class Opened(NamedTuple):
@@ -40,6 +44,11 @@ class Opened(NamedTuple):
 def condemn(folder: Path, why: str) -> None:
     """Have the next opening set the partition's ledger aside. The process must exit now."""
     (folder / _MARK).write_text(why + "\n")
+
+
+def supersede(folder: Path, component: str, why: str) -> None:
+    """Have the next opening begin a new ledger where this one is. The process must exit now. Raises OSError."""
+    (folder / _OVER).write_text(f"{component}\n{why}\n")
 
 
 def open_ledger(folder: Path, lock_fd: int, host: str, copied: bool, make: Callable[..., Ledger]) -> Opened:
@@ -57,7 +66,11 @@ def open_ledger(folder: Path, lock_fd: int, host: str, copied: bool, make: Calla
         elif mark.exists():
             raise LedgerDamaged(path, mark.read_text(errors="replace").strip())
         ledger = make(path, component=host, must_exist=noted is not None)
-        set_aside += _compare(ledger, noted, copied)
+        if (folder / _OVER).exists():
+            ledger = _succeed(folder, ledger, host, make)
+            set_aside += 1
+        else:
+            set_aside += _compare(ledger, noted, copied)
     except LedgerDamaged as damage:
         set_aside, living = _set_aside(folder, path, damage)
         mark.unlink(missing_ok=True)
@@ -70,6 +83,33 @@ def open_ledger(folder: Path, lock_fd: int, host: str, copied: bool, make: Calla
         raise
     ledger.trace = trace
     return Opened(ledger, set_aside)
+
+
+def _succeed(folder: Path, ledger: Ledger, host: str, make: Callable[..., Ledger]) -> Ledger:
+    """A new ledger in place of one that is superseded, which is kept. Raises LedgerDamaged, LedgerFull."""
+    mark, path = folder / _OVER, ledger.path
+    component, _, why = mark.read_text(errors="replace").partition("\n")
+    if ledger.meta.component != component:  # it was done, and a death came before the mark was gone
+        mark.unlink()
+        return ledger
+    positions, (ids, _), seconds = ledger.positions(), ledger.ids(), ledger.meta.service_seconds
+    ledger.close()
+    if path.with_name(f"{path.name}-wal").exists():
+        raise LedgerFull(f"{path}: what its last flushes wrote beside it could not be moved into it")
+    aside = folder / f"ledger-{time.time_ns()}.superseded"
+    os.link(path, aside)
+    log.error("%s: %s. It is kept as %s; the counts of partition %s begin anew beside what MongoDB has",
+              path, why.strip(), aside.name, folder.name)  # fmt: skip
+    fresh = folder / "ledger.new"
+    for left_over in folder.glob("ledger.new*"):
+        left_over.unlink()
+    successor = make(fresh, component=f"{host}-{secrets.token_hex(4)}", begin=positions)
+    successor.write([], {}, [], successor.meta.tallies, IdChanges(ids, (), seconds))
+    successor.close()
+    fresh.rename(path)
+    DISK.sync_folder(str(folder))
+    mark.unlink()
+    return make(path, component=host, must_exist=True)
 
 
 def _compare(ledger: Ledger, noted: Noted | None, copied: bool) -> int:

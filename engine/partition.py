@@ -24,7 +24,7 @@ from catchall.engine.disk import Disk, try_lock
 from catchall.engine.flush import Flush
 from catchall.engine.folder_watch import FolderWatch
 from catchall.engine.ids import Ids
-from catchall.engine.ledger_opening import condemn, leave_note, open_ledger
+from catchall.engine.ledger_opening import condemn, leave_note, open_ledger, supersede
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import Ends, QueueReader
 from catchall.engine.rules import status
@@ -36,7 +36,9 @@ log = logging.getLogger("catchall.partition")
 
 COLD_COST = 5  # a name whose base must be read from the ledger counts as so many in memory, for statistics
 CATCH_UP_BYTES = 4 << 20  # drained for a read in one go: what is longer would keep the shard from everything else
-RECENT_ROWS_MAX = 100_000  # rows of past flushes kept for the push; beyond, the push reads the ledger
+# Rows of past flushes kept for the push, over all partitions of a host; beyond, the push reads the ledger. A row takes about
+# 300 bytes, and while MongoDB is away all of them are held.
+RECENT_ROWS_MAX = 200_000
 RECENT_FLUSHES_MAX = 1000
 
 
@@ -82,7 +84,7 @@ class Partition:
         self.flight: Flush | None = None
         # Everything acknowledged before these (unix ns) is in the last commit; in the last cut. 0: not known yet.
         self.cut_at_ns = self._last_cut_ns = 0
-        self.recent = RecentRows() if options.keep_rows else None
+        self.recent = RecentRows(RECENT_ROWS_MAX // options.partitions) if options.keep_rows else None
         held, intact = self.ledger.ids()
         if not intact:
             what = f"{self.ledger.path}: some of its ids are damaged; a resend of what has such an id may count twice"
@@ -117,8 +119,12 @@ class Partition:
         self._droppable = self.reader.rows_without_a_file()
 
     def condemn(self, why: str) -> None:
-        """Have the next opening set the ledger aside. The process must exit now."""
+        """Have the next opening set the damaged ledger aside. The process must exit now."""
         condemn(self._folder, why)
+
+    def supersede(self, why: str) -> None:
+        """MongoDB knows a later state of this ledger: have the next opening begin a new one. The process must exit now."""
+        supersede(self._folder, self.ledger.meta.component, why)
 
     def close(self) -> None:
         self.reader.close()
@@ -281,8 +287,9 @@ class Partition:
 class RecentRows:
     """The rows of the last flushes, for a push that does not want to scan the ledger. Used by two threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows_max: int) -> None:
         self._lock = threading.Lock()
+        self._rows_max = rows_max
         self._flushes: list[tuple[int, list[Row], set[str]]] = []
         self._rows = 0
 
@@ -290,7 +297,7 @@ class RecentRows:
         with self._lock:
             self._flushes.append((number, rows, new_names))
             self._rows += len(rows)
-            while self._rows > RECENT_ROWS_MAX or len(self._flushes) > RECENT_FLUSHES_MAX:
+            while self._rows > self._rows_max or len(self._flushes) > RECENT_FLUSHES_MAX:
                 self._rows -= len(self._flushes.pop(0)[1])
 
     def take(self, after: int) -> tuple[list[Row], set[str], int] | None:

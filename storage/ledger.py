@@ -17,9 +17,11 @@ Source  SQLite: page size 16384 and many rows a statement doubled the rate of fl
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import struct
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -380,7 +382,7 @@ class Ledger:
             self._run(_INSERT_IDS.format(",".join(["(?,?,?)"] * len(some))), [field for row in some for field in row])
 
     def _run(self, statement: str, values: Sequence[str | int | bytes | None] = ()) -> None:
-        with self._statement(), failures_explained(self.path):
+        with self._statement(), failures_explained(self.path, outcome_known=not self.in_commit):
             self._db.execute(statement, values)
 
     def scan(self, after: int) -> Iterator[list[Row]]:
@@ -452,8 +454,10 @@ def _expected_schema() -> list[tuple[Any, ...]]:
 
 
 @contextlib.contextmanager
-def failures_explained(path: Path, opening: bool = False) -> Iterator[None]:
-    """opening  the schema is read now, so a statement that does not fit it is damage; later it would be a mistake of ours"""
+def failures_explained(path: Path, opening: bool = False, outcome_known: bool = True) -> Iterator[None]:
+    """opening        the schema is read now, so a statement that does not fit it is damage; later it would be a mistake of ours
+    outcome_known  whether a statement that failed has changed nothing for good: not so for a COMMIT, unless it says FULL
+    """
     try:
         yield
     except UnicodeDecodeError as error:  # of a message of SQLite's that quotes what it found
@@ -465,10 +469,19 @@ def failures_explained(path: Path, opening: bool = False) -> Iterator[None]:
                 raise LedgerDamaged(path, str(error)) from error
             raise
         primary = code & 0xFF
-        if primary == _FULL:
+        if primary == _FULL or (primary in _PERHAPS_FULL and outcome_known and _disk_is_full(path.parent)):
             raise LedgerFull(f"{path}: {error}") from error
         # A damaged header can say "read-only"; a file that really is stays where it is.
         unwritable = primary == sqlite3.SQLITE_READONLY and os.access(path, os.W_OK)
         if primary in _DAMAGED or code in _UNREADABLE or unwritable or (opening and primary == sqlite3.SQLITE_ERROR):
             raise LedgerDamaged(path, str(error)) from error
         raise
+
+
+def _disk_is_full(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            os.posix_fallocate(probe.fileno(), 0, _PROBE_BYTES)
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False

@@ -170,10 +170,18 @@ class MongoCopy:
                     held[name] = (_without(own, document.get("delivered")), _without(own, document.get("bounced")))
         return held
 
-    def components(self) -> set[str]:
-        """Return every component that ever claimed a fence; when all are the caller's own, it is alone. Raises MongoError."""
-        with _asking("read of the components"):
-            return set(self._fences.distinct("component"))
+    def fences(self) -> dict[tuple[str, int], int]:
+        """Return the `flush` of every fence there is, of all hosts, by (component, partition); 0 where no push has ended.
+
+        One small document for each partition of each host, so this is cheap at any number of domains. Raises MongoError.
+        """
+        found: dict[tuple[str, int], int] = {}
+        with _asking("read of the fences"):
+            for fence in self._fences.find({}, {"flush": True}):
+                component, _, partition = str(fence["_id"]).rpartition("/")
+                if partition.isdecimal():
+                    found[component, int(partition)] = fence.get("flush", 0)
+        return found
 
     def ensure_view(self, threshold: int) -> None:
         """Make the view `domain_status`, or move it to `threshold`.
@@ -313,6 +321,11 @@ def _asking(what: str, refused: type[MongoRefused] = MongoRefused) -> Iterator[N
         raise refused(f"{what}: code {details.get('code')} {kind}: {_cut(details.get('errmsg'))}") from None
     except (BSONError, OverflowError, UnicodeError) as failure:
         raise refused(f"{what}: a value that BSON cannot hold: {type(failure).__name__}: {_cut(failure)}") from None
+
+
+def check_uri(uri: str) -> None:
+    """Raises BadMongoURI for one that can never work. Connects to nothing."""
+    _client(MongoOptions(uri=uri)).close()
 
 
 def _client(options: MongoOptions) -> MongoClient[Document]:

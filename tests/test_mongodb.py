@@ -129,12 +129,13 @@ def test_more_names_than_one_find_takes_are_all_answered(copy: MongoCopy) -> Non
 
 
 def test_a_host_can_tell_that_it_is_alone(copy: MongoCopy) -> None:
-    assert copy.components() == set()
+    assert copy.fences() == {}
     copy.claim(HERE, 0, "x")
     copy.claim(HERE, 1, "x")
-    assert copy.components() == {HERE}
+    assert copy.fences() == {(HERE, 0): 0, (HERE, 1): 0}
     copy.claim(THERE, 0, "y")
-    assert copy.components() == {HERE, THERE}
+    assert copy.advance(THERE, 0, "y", 7)
+    assert copy.fences() == {(HERE, 0): 0, (HERE, 1): 0, (THERE, 0): 7}
 
 
 # --- fences ---
@@ -167,7 +168,7 @@ def test_partitions_and_components_have_fences_of_their_own(copy: MongoCopy, dat
 
 def test_no_claim_no_advance(copy: MongoCopy) -> None:
     assert not copy.advance(HERE, 0, "x", 1)
-    assert copy.components() == set()
+    assert copy.fences() == {}
 
 
 @pytest.mark.parametrize("component", ["", "a.b", "$a", "a\0"])

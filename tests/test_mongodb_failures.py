@@ -39,7 +39,7 @@ EVERY_CALL: dict[str, Callable[[MongoCopy], object]] = {
     "insert": lambda copy: copy.send([row("a.com", 1, 0)], HERE, {"a.com"}),
     "advance": lambda copy: copy.advance(HERE, 0, "x", 1),
     "others": lambda copy: copy.others(["a.com"], lambda _: HERE),
-    "components": lambda copy: copy.components(),
+    "fences": lambda copy: copy.fences(),
     "ensure_view": lambda copy: copy.ensure_view(10),
     "refresh_stats": lambda copy: copy.refresh_stats(10, NOW, "here", 60),
     "stored_stats": lambda copy: copy.stored_stats(10),
