@@ -2,6 +2,7 @@
 
 failing, dying, counting    one call that fails, dies or is counted; disk_of makes a Disk of them
 Steps                       a death at the n-th of all steps: disk calls, stores into segments, statements of the ledger
+leave_for_dead              what is left of an owner that was killed
 Host                        one data folder, its writers and owners driven by hand
 
 A death in this process is the exception Died, after which `bury` does what the kernel would: it closes the descriptors, which
@@ -14,8 +15,8 @@ import itertools
 import mmap
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,13 @@ def disk_of(**calls: Call) -> Disk:
 class Steps:
     """Counts the steps of a process and lets it die before the `dies_at`-th; None: never.
 
-    full    whether the disk is: allocation fails
+    full    whether the disk is: allocation fails        broken  whether syncs of segments fail
     """
 
     def __init__(self, dies_at: int | None = None, really: bool = False) -> None:
-        self.taken, self.dies_at, self._really, self.full = 0, dies_at, really, False
+        self.taken, self.dies_at, self._really = 0, dies_at, really
+        self.full = self.broken = False
+        self._meanwhile: tuple[int, Callable[[], None]] | None = None
 
     def step(self) -> None:
         self.taken += 1
@@ -100,18 +103,32 @@ class Steps:
             if self._really:
                 os._exit(9)
             raise Died(self.taken)
+        if self._meanwhile is not None and self.taken >= self._meanwhile[0]:
+            action, self._meanwhile = self._meanwhile[1], None
+            action()
 
-    def wrap(self, call: Call) -> Call:
+    def meanwhile(self, after: int, action: Callable[[], None]) -> None:
+        """Let another process do something before the step that comes `after` steps from now."""
+        self._meanwhile = self.taken + after, action
+
+    def in_peace(self) -> None:
+        """Nothing is to happen any more that has not happened yet."""
+        self.dies_at = self._meanwhile = None
+
+    def wrap(self, call: Call, name: str = "") -> Call:
         def wrapped(*args: Any) -> Any:
             self.step()
-            if self.full and call is os.posix_fallocate:
+            if self.full and name == "allocate":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self.broken and name == "fdatasync":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             return call(*args)
 
         return wrapped
 
-    def disk(self) -> Disk:
-        return Disk(**{name: self.wrap(getattr(DISK, name)) for name in DISK_CALLS})
+    def disk(self, **calls: Call) -> Disk:
+        """A Disk whose calls are steps; some of them may be replaced before."""
+        return Disk(**{name: self.wrap(calls.get(name, getattr(DISK, name)), name) for name in DISK_CALLS})
 
     def statements_of(self, ledger: Ledger) -> None:
         """Every statement that a flush runs becomes a step before it and one after it."""
@@ -237,12 +254,13 @@ def read_all(reader: QueueReader, pending: Pending | None = None) -> dict[str, t
 class Host:
     """A data folder. Its partitions are opened one by one, by whoever owns them now."""
 
-    def __init__(self, root: Path, partitions: int = 1, synchronous: str = "OFF") -> None:
-        self.root, self.partitions, self.synchronous = root, partitions, synchronous
+    def __init__(self, root: Path, partitions: int = 1, synchronous: str = "OFF", host_id: str = HOST) -> None:
+        self.root, self.partitions, self.synchronous, self.host_id = root, partitions, synchronous, host_id
         make_partitions(root, partitions)
 
     def queue(self, partition: int = 0, disk: Disk = DISK, **over: Any) -> EventQueue:
-        return new_queue(queue_folder(self.root, partition), partition=partition, disk=disk, **over)
+        options = {"partition": partition, "host_id": bytes.fromhex(self.host_id), **over}
+        return new_queue(queue_folder(self.root, partition), disk=disk, **options)
 
     def segments(self, partition: int = 0) -> list[Path]:
         return sorted(queue_folder(self.root, partition).glob("*.seg"))
@@ -251,7 +269,7 @@ class Host:
         options: dict[str, Any] = {
             "root": self.root,
             "partitions": self.partitions,
-            "host_id": HOST,
+            "host_id": self.host_id,
             "boot_id": boot,
             "threshold": 10,
             "synchronous": self.synchronous,
@@ -285,18 +303,26 @@ def settle(partition: Partition) -> None:
         flush(partition)
 
 
+def leave_for_dead(partition: Partition) -> None:
+    """What the kernel does for a process that was killed: descriptors close, and no file changes.
+
+    A connection that is closed would check the ledger's log into its file; so that is taken back.
+    """
+    path = partition.ledger.path
+    files = [path, path.with_name(path.name + "-wal")]
+    contents = {file: file.read_bytes() for file in files if file.exists()}
+    with suppress(Exception):
+        partition.reader.close()
+    with suppress(Exception):
+        partition.ledger.close()
+    for file, content in contents.items():
+        file.write_bytes(content)
+    with suppress(OSError):
+        os.close(partition._lock_fd)
+
+
 def ledger_counts(partition: Partition) -> dict[str, tuple[int, int]]:
     return {row[0]: (row[1], row[2]) for piece in partition.ledger.scan(0) for row in piece}
-
-
-def total(partition: Partition) -> Counter[str]:
-    """Delivered events by name, as a read sees them: ledger, flush under way and pending together."""
-    return Counter({name: delivered for name, (delivered, _) in ledger_counts(partition).items()})
-
-
-def clock_lines() -> Iterator[bytes]:
-    for second in itertools.count(NOW):
-        yield b"@%d\n" % second
 
 
 # ---- as a program, to be killed
