@@ -67,7 +67,7 @@ class Power:
     # ---- the cut
 
     def cut(self, draw: random.Random) -> None:
-        self._cut_ledger(draw)
+        self.cut_ledger(draw)
         now = {path.name: path for path in self._queues.glob("*.seg")}
         for name in sorted({*now, *(name for name in self._names if name.endswith(".seg"))}):
             path = self._queues / name
@@ -83,7 +83,7 @@ class Power:
         self._content = {path.stat().st_ino: path.read_bytes() for path in self._queues.glob("*.seg")}
         self._names = {path.name: path.stat().st_ino for path in self._queues.glob("*.seg")}
 
-    def _cut_ledger(self, draw: random.Random) -> None:
+    def cut_ledger(self, draw: random.Random) -> None:
         if self._log_size() > self._log_durable:
             content = self._log.read_bytes()
             kept, tail = content[: self._log_durable], content[self._log_durable :]
