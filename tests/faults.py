@@ -30,7 +30,7 @@ from catchall.engine.flush import Flush
 from catchall.engine.partition import Partition, PartitionOptions, lock_partition
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import QueueReader
-from catchall.storage.ledger import Ledger, Position
+from catchall.storage.ledger import Ledger, LedgerFull, Position
 
 BOOT, OTHER_BOOT = bytes(range(16)), bytes(range(1, 17))
 HOST = "a0" * 16
@@ -89,7 +89,7 @@ def disk_of(**calls: Call) -> Disk:
 class Steps:
     """Counts the steps of a process and lets it die before the `dies_at`-th; None: never.
 
-    full    whether the disk is: allocation fails        broken  whether syncs of segments fail
+    full    whether the disk is: no room for a segment or a flush        broken  whether syncs of segments fail
     """
 
     def __init__(self, dies_at: int | None = None, really: bool = False) -> None:
@@ -136,6 +136,8 @@ class Steps:
 
         def stepped(*args: Any) -> None:
             self.step()
+            if self.full and args[0] == "commit":
+                raise LedgerFull("the disk is full")
             run(*args)
             self.step()
 
@@ -158,17 +160,30 @@ class _Map(mmap.mmap):
         super().__setitem__(key, value)
 
 
-class _Words:
-    def __init__(self, words: memoryview, steps: Steps) -> None:
-        self._words, self._steps = words, steps
+class Words:
+    """The words of a segment's header: every store by its writer is a step, or, with `loads`, every load by its reader."""
+
+    def __init__(self, words: memoryview, steps: Steps, loads: bool = False) -> None:
+        self._words, self._steps, self._loads = words, steps, loads
         self.release = words.release
 
     def __getitem__(self, at: int) -> int:
+        if self._loads:
+            self._steps.step()
         return self._words[at]
 
     def __setitem__(self, at: int, value: int) -> None:
         self._steps.step()
         self._words[at] = value
+
+
+def make_mortal(made: OpenSegment, steps: Steps) -> None:
+    """Every store into this segment becomes a step."""
+    made.words.release()
+    made.map.close()
+    made.map = _Map(made.fd, made.end)
+    made.map.steps = steps
+    made.words = Words(memoryview(made.map)[:4096].cast("Q"), steps)  # type: ignore[assignment]
 
 
 class Mortal:
@@ -181,11 +196,7 @@ class Mortal:
         class Segment(OpenSegment):
             def __init__(self, path: str, fd: int, payload_size: int) -> None:
                 super().__init__(path, fd, payload_size)
-                self.words.release()
-                self.map.close()
-                self.map = _Map(fd, self.end)
-                self.map.steps = steps
-                self.words = _Words(memoryview(self.map)[:4096].cast("Q"), steps)  # type: ignore[assignment]
+                make_mortal(self, steps)
                 mortal.open.append(self)
 
             def close(self) -> None:

@@ -107,6 +107,3 @@ class MemoryCopy:
                 delivered, bounced = (sum(n for component, n in share.items() if component != own) for share in shares)
                 held[name] = (delivered, bounced)
         return held
-
-    def components(self) -> set[str]:
-        return {fence["component"] for fence in self.server.fences.values()}

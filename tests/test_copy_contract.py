@@ -89,7 +89,6 @@ def test_a_first_claim_finds_no_flush_and_a_later_one_finds_what_was_advanced_to
     assert copy.claim(HERE, 3, "z") == 7
     assert copy.claim(HERE, 4, "z") is None, "each partition has a fence of its own"
     assert copy.claim(THERE, 3, "z") is None
-    assert copy.components() == {HERE, THERE}
 
 
 def test_only_the_latest_claim_moves_a_fence_and_never_back(both):
@@ -161,7 +160,6 @@ def _calls(draw: random.Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
                 ("send", (rows, component)),
                 ("advance", (component, partition, claim, draw.randrange(9))),
                 ("others", (names, lambda _: HERE)),
-                ("components", ()),
                 ("snapshot", ()),
                 ("restore", ()),
             ]
