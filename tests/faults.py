@@ -2,6 +2,7 @@
 
 failing, dying, counting    one call that fails, dies or is counted; disk_of makes a Disk of them
 Steps                       a death at the n-th of all steps: disk calls, stores into segments, statements of the ledger
+leave_for_dead              what is left of an owner that was killed
 Host                        one data folder, its writers and owners driven by hand
 
 A death in this process is the exception Died, after which `bury` does what the kernel would: it closes the descriptors, which
@@ -14,8 +15,8 @@ import itertools
 import mmap
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from catchall.engine.ids import Ids
 from catchall.engine.partition import Partition, PartitionOptions, lock_partition
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import QueueReader
-from catchall.storage.ledger import Ledger, Position
+from catchall.storage.ledger import Ledger, LedgerFull, Position
 
 BOOT, OTHER_BOOT = bytes(range(16)), bytes(range(1, 17))
 HOST = "a0" * 16
@@ -89,11 +90,13 @@ def disk_of(**calls: Call) -> Disk:
 class Steps:
     """Counts the steps of a process and lets it die before the `dies_at`-th; None: never.
 
-    full    whether the disk is: allocation fails
+    full    whether the disk is: no room for a segment or a flush        broken  whether syncs of segments fail
     """
 
     def __init__(self, dies_at: int | None = None, really: bool = False) -> None:
-        self.taken, self.dies_at, self._really, self.full = 0, dies_at, really, False
+        self.taken, self.dies_at, self._really = 0, dies_at, really
+        self.full = self.broken = False
+        self._meanwhile: tuple[int, Callable[[], None]] | None = None
 
     def step(self) -> None:
         self.taken += 1
@@ -101,18 +104,32 @@ class Steps:
             if self._really:
                 os._exit(9)
             raise Died(self.taken)
+        if self._meanwhile is not None and self.taken >= self._meanwhile[0]:
+            action, self._meanwhile = self._meanwhile[1], None
+            action()
 
-    def wrap(self, call: Call) -> Call:
+    def meanwhile(self, after: int, action: Callable[[], None]) -> None:
+        """Let another process do something before the step that comes `after` steps from now."""
+        self._meanwhile = self.taken + after, action
+
+    def in_peace(self) -> None:
+        """Nothing is to happen any more that has not happened yet."""
+        self.dies_at = self._meanwhile = None
+
+    def wrap(self, call: Call, name: str = "") -> Call:
         def wrapped(*args: Any) -> Any:
             self.step()
-            if self.full and call is os.posix_fallocate:
+            if self.full and name == "allocate":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self.broken and name == "fdatasync":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             return call(*args)
 
         return wrapped
 
-    def disk(self) -> Disk:
-        return Disk(**{name: self.wrap(getattr(DISK, name)) for name in DISK_CALLS})
+    def disk(self, **calls: Call) -> Disk:
+        """A Disk whose calls are steps; some of them may be replaced before."""
+        return Disk(**{name: self.wrap(calls.get(name, getattr(DISK, name)), name) for name in DISK_CALLS})
 
     def statements_of(self, ledger: Ledger) -> None:
         """Every statement that a flush runs becomes a step before it and one after it."""
@@ -120,6 +137,8 @@ class Steps:
 
         def stepped(*args: Any) -> None:
             self.step()
+            if self.full and args[0] == "commit":
+                raise LedgerFull("the disk is full")
             run(*args)
             self.step()
 
@@ -142,17 +161,30 @@ class _Map(mmap.mmap):
         super().__setitem__(key, value)
 
 
-class _Words:
-    def __init__(self, words: memoryview, steps: Steps) -> None:
-        self._words, self._steps = words, steps
+class Words:
+    """The words of a segment's header: every store by its writer is a step, or, with `loads`, every load by its reader."""
+
+    def __init__(self, words: memoryview, steps: Steps, loads: bool = False) -> None:
+        self._words, self._steps, self._loads = words, steps, loads
         self.release = words.release
 
     def __getitem__(self, at: int) -> int:
+        if self._loads:
+            self._steps.step()
         return self._words[at]
 
     def __setitem__(self, at: int, value: int) -> None:
         self._steps.step()
         self._words[at] = value
+
+
+def make_mortal(made: OpenSegment, steps: Steps) -> None:
+    """Every store into this segment becomes a step."""
+    made.words.release()
+    made.map.close()
+    made.map = _Map(made.fd, made.end)
+    made.map.steps = steps
+    made.words = Words(memoryview(made.map)[:4096].cast("Q"), steps)  # type: ignore[assignment]
 
 
 class Mortal:
@@ -165,11 +197,7 @@ class Mortal:
         class Segment(OpenSegment):
             def __init__(self, path: str, fd: int, payload_size: int) -> None:
                 super().__init__(path, fd, payload_size)
-                self.words.release()
-                self.map.close()
-                self.map = _Map(fd, self.end)
-                self.map.steps = steps
-                self.words = _Words(memoryview(self.map)[:4096].cast("Q"), steps)  # type: ignore[assignment]
+                make_mortal(self, steps)
                 mortal.open.append(self)
 
             def close(self) -> None:
@@ -239,12 +267,13 @@ def read_all(reader: QueueReader, pending: Pending | None = None) -> dict[str, t
 class Host:
     """A data folder. Its partitions are opened one by one, by whoever owns them now."""
 
-    def __init__(self, root: Path, partitions: int = 1, synchronous: str = "OFF") -> None:
-        self.root, self.partitions, self.synchronous = root, partitions, synchronous
+    def __init__(self, root: Path, partitions: int = 1, synchronous: str = "OFF", host_id: str = HOST) -> None:
+        self.root, self.partitions, self.synchronous, self.host_id = root, partitions, synchronous, host_id
         make_partitions(root, partitions)
 
     def queue(self, partition: int = 0, disk: Disk = DISK, **over: Any) -> EventQueue:
-        return new_queue(queue_folder(self.root, partition), partition=partition, disk=disk, **over)
+        options = {"partition": partition, "host_id": bytes.fromhex(self.host_id), **over}
+        return new_queue(queue_folder(self.root, partition), disk=disk, **options)
 
     def segments(self, partition: int = 0) -> list[Path]:
         return sorted(queue_folder(self.root, partition).glob("*.seg"))
@@ -253,7 +282,7 @@ class Host:
         options: dict[str, Any] = {
             "root": self.root,
             "partitions": self.partitions,
-            "host_id": HOST,
+            "host_id": self.host_id,
             "boot_id": boot,
             "threshold": 10,
             "synchronous": self.synchronous,
@@ -288,18 +317,26 @@ def settle(partition: Partition) -> None:
         flush(partition)
 
 
+def leave_for_dead(partition: Partition) -> None:
+    """What the kernel does for a process that was killed: descriptors close, and no file changes.
+
+    A connection that is closed would check the ledger's log into its file; so that is taken back.
+    """
+    path = partition.ledger.path
+    files = [path, path.with_name(path.name + "-wal")]
+    contents = {file: file.read_bytes() for file in files if file.exists()}
+    with suppress(Exception):
+        partition.reader.close()
+    with suppress(Exception):
+        partition.ledger.close()
+    for file, content in contents.items():
+        file.write_bytes(content)
+    with suppress(OSError):
+        os.close(partition._lock_fd)
+
+
 def ledger_counts(partition: Partition) -> dict[str, tuple[int, int]]:
     return {row[0]: (row[1], row[2]) for piece in partition.ledger.scan(0) for row in piece}
-
-
-def total(partition: Partition) -> Counter[str]:
-    """Delivered events by name, as a read sees them: ledger, flush under way and pending together."""
-    return Counter({name: delivered for name, (delivered, _) in ledger_counts(partition).items()})
-
-
-def clock_lines() -> Iterator[bytes]:
-    for second in itertools.count(NOW):
-        yield b"@%d\n" % second
 
 
 # ---- as a program, to be killed

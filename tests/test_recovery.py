@@ -4,7 +4,6 @@ A *step* is a disk call, a store into a segment, or a statement of the ledger. T
 turn, in the writer and in the owner of a partition, and open the same folder again.
 """
 
-import os
 import random
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from contextlib import suppress
 
 import faults
 import pytest
-from faults import Died, Host, Mortal, Steps, append, flush, ledger_counts, settle
+from faults import Died, Host, Mortal, Steps, append, flush, leave_for_dead, ledger_counts, settle
 
 from catchall.engine.data_folder import partition_folder
 from catchall.engine.disk import DISK
@@ -51,16 +50,6 @@ class Writer:
             assert events % 40 == 0, "a request is in the counts wholly or not at all"
             least = self.acknowledged[name]
             assert least <= events // 40 <= least + self.ambiguous[name], name
-
-
-def leave_for_dead(partition: Partition) -> None:
-    """What the kernel does for a process that was killed: descriptors close, the open transaction is gone."""
-    with suppress(Exception):
-        partition.reader.close()
-    with suppress(Exception):
-        partition.ledger.close()
-    with suppress(OSError):
-        os.close(partition._lock_fd)
 
 
 @pytest.mark.parametrize("dies_at", range(1, WRITER_STEPS + 1))
