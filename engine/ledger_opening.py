@@ -6,7 +6,7 @@ only it knew how much of that was counted. The new one has a new component: Mong
 
 Set aside   1 the segments: those of dead writers renamed, of living ones copied, to be read on from where they are now
             2 the -wal, then the ledger   3 a new ledger that holds these positions   4 its trace
-Superseded  MongoDB knows a later state of the ledger than the ledger itself, so the folder is a copy or an old backup. But it is
+Superseded  MongoDB knows a later state of the ledger than the ledger itself: the folder is a copy or an old backup. But it is
             whole: the new one goes on from its positions and with its ids, and nothing is set aside but the ledger itself.
             Its mark names the component that is over, so a death anywhere leaves all of it to do, or nothing but the mark.
 Died?       Before the ledger's own rename all of it is done again. After it there is a trace and no ledger, or one that was

@@ -29,8 +29,8 @@ from catchall.engine import logs, metric_names
 from catchall.engine.disk import DISK
 from catchall.engine.flush import Flush
 from catchall.engine.folder_watch import FolderWatch
-from catchall.engine.ids import forget_oldest, window_held
 from catchall.engine.full_disk import RETRY_S, FullDisk
+from catchall.engine.ids import forget_oldest, window_held
 from catchall.engine.metrics_page import DRAINING, READY
 from catchall.engine.others import Others
 from catchall.engine.partition import Partition, PartitionOptions, lock_partition

@@ -69,6 +69,9 @@ _SCHEMA = "select m.name, c.name, c.type, c.pk from sqlite_schema m, pragma_tabl
 
 # What SQLite's primary result codes say about a failed statement; the statements themselves are right, the rest is the file.
 _FULL = sqlite3.SQLITE_FULL
+# SQLite says FULL only where a write met ENOSPC. A quota, or a file that cannot be made or grown, comes as one of these.
+_PERHAPS_FULL = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})
+_PROBE_BYTES = 1 << 20
 _DAMAGED = frozenset(
     {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
 )
