@@ -48,15 +48,18 @@ def open_ledger(folder: Path, lock_fd: int, host: str, copied: bool, make: Calla
     """
     path, mark = folder / "ledger.db", folder / _MARK
     noted = ledger_trace.read(lock_fd)
+    wal = path.with_name("ledger.db-wal")
+    # SQLite writes the first page of a file before its -wal, so that a -wal alone was left behind.
+    had_one = noted is not None or any(folder.glob("ledger-*.corrupt")) or (wal.exists() and wal.stat().st_size > 0)
     set_aside = 0
     try:
         if not path.exists():
             mark.unlink(missing_ok=True)  # it was set aside, and a death came before the end of that
-            if noted is not None or any(folder.glob("ledger-*.corrupt")):
+            if had_one:
                 raise LedgerDamaged(path, "it is gone")
         elif mark.exists():
             raise LedgerDamaged(path, mark.read_text(errors="replace").strip())
-        ledger = make(path, component=host, must_exist=noted is not None)
+        ledger = make(path, component=host, must_exist=had_one)
         set_aside += _compare(ledger, noted, copied)
     except LedgerDamaged as damage:
         set_aside, living = _set_aside(folder, path, damage)
@@ -75,9 +78,11 @@ def open_ledger(folder: Path, lock_fd: int, host: str, copied: bool, make: Calla
 def _compare(ledger: Ledger, noted: Noted | None, copied: bool) -> int:
     """The ledger with its trace. Returns how many notes were left; raises LedgerDamaged, with the ledger closed."""
     meta = ledger.meta
+    if noted is None and meta.flush:
+        log.warning("%s has no trace in the partition's lock, so if it lost its end nobody can tell; it is used", ledger.path)
+    elif noted is not None and noted.uuid != meta.uuid:
+        log.warning("%s is not the ledger that was here last, as far as its trace can be read; it is used", ledger.path)
     if noted is None or noted.uuid != meta.uuid:
-        if noted is not None:
-            log.warning("%s is not the ledger that was here last, as far as its trace can be read; it is used", ledger.path)
         return 0
     if noted.flush <= meta.flush:
         return 0

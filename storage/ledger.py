@@ -233,7 +233,7 @@ class Ledger:
         if _check_of_positions(self._positions) != positions:
             raise LedgerDamaged(self.path, "its reading positions do not match their check")
         if threshold != self.threshold:
-            self.meta.tallies = self._count_tallies()
+            self.meta.tallies = self.count_tallies()
             self._write_meta(self.meta, self._positions)
 
     def _write_meta(self, meta: Meta, positions: Mapping[str, Position]) -> None:
@@ -243,8 +243,8 @@ class Ledger:
         values = (meta.flush, meta.pushed, self.threshold, *tallies, _check_of_positions(positions))
         self._run(_SET_META, (*values, _check_of_values(*own, *values)))
 
-    def _count_tallies(self) -> Tallies:
-        """One scan of the table, at a start with another threshold."""
+    def count_tallies(self) -> Tallies:
+        """By one scan of the table."""
         row = self._db.execute(
             "select count(*) filter (where bounced = 0 and delivered > ?1), count(*) filter (where bounced > 0), "
             "count(*) filter (where bounced = 0 and delivered <= ?1) from domain",

@@ -278,7 +278,7 @@ def _look(template: Template, host: Host, number: int, host_id: str, before: lis
         with listening() as late:
             right = counts_of(partition, list(truth)) == truth
         tallies = partition.ledger.meta.tallies
-        right &= tallies == partition.ledger._count_tallies()
+        right &= tallies == partition.ledger.count_tallies()
         outcome.said += said + late
         present = partition.corrupt_files()
         if not right:
