@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from catchall.engine.disk import try_lock
+from catchall.engine.disk import NO_SPACE, try_lock
 from catchall.storage import ledger_trace
-from catchall.storage.ledger import Ledger, LedgerDamaged, Position
+from catchall.storage.ledger import Ledger, LedgerDamaged, LedgerFull, Position
 from catchall.storage.ledger_trace import Noted, Trace
 
 log = logging.getLogger("catchall.partition")
@@ -39,13 +39,26 @@ class Opened(NamedTuple):
 
 def condemn(folder: Path, why: str) -> None:
     """Have the next opening set the partition's ledger aside. The process must exit now."""
-    (folder / _MARK).write_text(why + "\n")
+    try:
+        (folder / _MARK).write_text(why + "\n")
+    except OSError as error:  # on a full disk the name alone is there, and says enough
+        log.error("%s/%s could not be written: %s", folder, _MARK, error)
 
 
 def open_ledger(folder: Path, lock_fd: int, host: str, copied: bool, make: Callable[..., Ledger]) -> Opened:
     """lock_fd  the partition's open `lock`    copied  whether MongoDB holds a copy
     make      Ledger with all arguments that do not depend on its state
+    Raises    LedgerFull: open it again when there is room.
     """
+    try:
+        return _open(folder, lock_fd, host, copied, make)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise LedgerFull(f"{folder}: {error}") from error
+        raise
+
+
+def _open(folder: Path, lock_fd: int, host: str, copied: bool, make: Callable[..., Ledger]) -> Opened:
     path, mark = folder / "ledger.db", folder / _MARK
     noted = ledger_trace.read(lock_fd)
     wal = path.with_name("ledger.db-wal")
