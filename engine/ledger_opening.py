@@ -91,7 +91,7 @@ def _open(folder: Path, lock_fd: int, host: str, copied: bool, make: Callable[..
 def _compare(ledger: Ledger, noted: Noted | None, copied: bool) -> int:
     """The ledger with its trace. Returns how many notes were left; raises LedgerDamaged, with the ledger closed."""
     meta = ledger.meta
-    if noted is None and meta.flush:
+    if noted is None and not ledger.is_new:
         log.warning("%s has no trace in the partition's lock, so if it lost its end nobody can tell; it is used", ledger.path)
     elif noted is not None and noted.uuid != meta.uuid:
         log.warning("%s is not the ledger that was here last, as far as its trace can be read; it is used", ledger.path)

@@ -143,6 +143,7 @@ class Ledger:
     must_exist  it was made before: not to make it but to raise LedgerDamaged if the file holds nothing
     threshold   the rule's; the tallies are counted anew when they were made with another
     synchronous "FULL", or "OFF" on tmpfs
+    is_new      whether it was made now
     Raises      LedgerDamaged; LedgerFull or sqlite3.OperationalError when the disk does not let it be opened.
     """
 
@@ -172,13 +173,14 @@ class Ledger:
             with failures_explained(path, opening=True):
                 self._configure(synchronous, cache_bytes)
                 self._db.execute("begin immediate")
-                if new := not self._is_made():
+                self.is_new = not self._is_made()
+                if self.is_new:
                     if must_exist:
                         raise LedgerDamaged(path, "nothing is in it, and this partition had a ledger")
                     self._make(component, begin or {})
                 self._db.execute("update meta set opened = opened + 1")
                 self._db.execute("commit")
-                if new:  # so that a -wal which is lost later takes the last flushes with it, and not the whole ledger
+                if self.is_new:  # so that a -wal which is lost later takes the last flushes with it, and not the whole ledger
                     self._db.execute("pragma wal_checkpoint(passive)")
                 self._positions: dict[str, Position] = {}
                 self._read_meta()
@@ -245,11 +247,12 @@ class Ledger:
 
     def count_tallies(self) -> Tallies:
         """By one scan of the table."""
-        row = self._db.execute(
-            "select count(*) filter (where bounced = 0 and delivered > ?1), count(*) filter (where bounced > 0), "
-            "count(*) filter (where bounced = 0 and delivered <= ?1) from domain",
-            (self.threshold,),
-        ).fetchone()
+        with self._statement(), failures_explained(self.path):
+            row = self._db.execute(
+                "select count(*) filter (where bounced = 0 and delivered > ?1), count(*) filter (where bounced > 0), "
+                "count(*) filter (where bounced = 0 and delivered <= ?1) from domain",
+                (self.threshold,),
+            ).fetchone()
         return Tallies(*row)
 
     @contextlib.contextmanager

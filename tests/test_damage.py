@@ -276,6 +276,15 @@ def test_rows_that_cannot_be_reached_any_more_are_missed_even_while_flushes_add_
     partition.close()
 
 
+def test_with_a_copy_in_mongodb_a_ledger_that_lost_rows_is_damaged(host):
+    change(host, f"delete from domain where name = '{NAMES[2000]}'")
+    partition = host.own(keep_rows=True)
+    with pytest.raises(LedgerDamaged, match="2999 domains can be read"):
+        while partition.scrub.step():
+            pass
+    partition.close()
+
+
 def test_a_push_that_comes_upon_damage_hands_it_to_the_shard(host, monkeypatch):
     class Copy:
         def __init__(self, *_: object) -> None: ...
