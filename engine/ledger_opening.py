@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from catchall.engine.disk import DISK, try_lock
+from catchall.engine.disk import DISK, NO_SPACE, try_lock
 from catchall.storage import ledger_trace
 from catchall.storage.ledger import IdChanges, Ledger, LedgerDamaged, LedgerFull, Position
 from catchall.storage.ledger_trace import Noted, Trace
@@ -43,7 +43,10 @@ class Opened(NamedTuple):
 
 def condemn(folder: Path, why: str) -> None:
     """Have the next opening set the partition's ledger aside. The process must exit now."""
-    (folder / _MARK).write_text(why + "\n")
+    try:
+        (folder / _MARK).write_text(why + "\n")
+    except OSError as error:  # on a full disk the name alone is there, and says enough
+        log.error("%s/%s could not be written: %s", folder, _MARK, error)
 
 
 def supersede(folder: Path, component: str, why: str) -> None:
@@ -54,18 +57,31 @@ def supersede(folder: Path, component: str, why: str) -> None:
 def open_ledger(folder: Path, lock_fd: int, host: str, copied: bool, make: Callable[..., Ledger]) -> Opened:
     """lock_fd  the partition's open `lock`    copied  whether MongoDB holds a copy
     make      Ledger with all arguments that do not depend on its state
+    Raises    LedgerFull: open it again when there is room.
     """
+    try:
+        return _open(folder, lock_fd, host, copied, make)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise LedgerFull(f"{folder}: {error}") from error
+        raise
+
+
+def _open(folder: Path, lock_fd: int, host: str, copied: bool, make: Callable[..., Ledger]) -> Opened:
     path, mark = folder / "ledger.db", folder / _MARK
     noted = ledger_trace.read(lock_fd)
+    wal = path.with_name("ledger.db-wal")
+    # SQLite writes the first page of a file before its -wal, so that a -wal alone was left behind.
+    had_one = noted is not None or any(folder.glob("ledger-*.corrupt")) or (wal.exists() and wal.stat().st_size > 0)
     set_aside = 0
     try:
         if not path.exists():
             mark.unlink(missing_ok=True)  # it was set aside, and a death came before the end of that
-            if noted is not None or any(folder.glob("ledger-*.corrupt")):
+            if had_one:
                 raise LedgerDamaged(path, "it is gone")
         elif mark.exists():
             raise LedgerDamaged(path, mark.read_text(errors="replace").strip())
-        ledger = make(path, component=host, must_exist=noted is not None)
+        ledger = make(path, component=host, must_exist=had_one)
         if (folder / _OVER).exists():
             ledger = _succeed(folder, ledger, host, make)
             set_aside += 1
@@ -115,9 +131,11 @@ def _succeed(folder: Path, ledger: Ledger, host: str, make: Callable[..., Ledger
 def _compare(ledger: Ledger, noted: Noted | None, copied: bool) -> int:
     """The ledger with its trace. Returns how many notes were left; raises LedgerDamaged, with the ledger closed."""
     meta = ledger.meta
+    if noted is None and not ledger.is_new:
+        log.warning("%s has no trace in the partition's lock, so if it lost its end nobody can tell; it is used", ledger.path)
+    elif noted is not None and noted.uuid != meta.uuid:
+        log.warning("%s is not the ledger that was here last, as far as its trace can be read; it is used", ledger.path)
     if noted is None or noted.uuid != meta.uuid:
-        if noted is not None:
-            log.warning("%s is not the ledger that was here last, as far as its trace can be read; it is used", ledger.path)
         return 0
     if noted.flush <= meta.flush:
         return 0

@@ -240,6 +240,11 @@ class Partition:
     # ---- damage
 
     @property
+    def copied(self) -> bool:
+        """Whether MongoDB holds a copy of the ledger."""
+        return self._options.keep_rows
+
+    @property
     def set_aside(self) -> int:
         """How often this object set something aside."""
         return self._set_aside + self.reader.corrupt_files

@@ -21,6 +21,7 @@ import errno
 import logging
 import mmap
 import os
+import resource
 import time
 import zlib
 from collections.abc import Iterable, Mapping
@@ -40,6 +41,7 @@ log = logging.getLogger("catchall.queues")
 SLICE = 128 << 10  # bytes of a slice: larger ones count slower, and delay answers
 UNWRITTEN_WAIT_S = 1.0  # how long what contradicts itself may be a store that has not arrived yet
 PAST_SEGMENTS = 64  # retired ones of which it is still known which lines were repeats
+SPARE_FILES = 64  # descriptors that segments leave to ledgers, sockets and the syncing of folders
 NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # these say nothing about the file
 UNREADABLE = frozenset({errno.EIO, errno.EISDIR, errno.ESPIPE, errno.ELOOP, errno.ENXIO, errno.EUCLEAN})
 
@@ -100,6 +102,7 @@ class QueueReader:
         self._known = dict(positions)  # segments that are not open here: finished ones, or not yet discovered
         self._changed: set[str] = set()  # positions that moved since the last cut
         self._ignored: set[str] = set()
+        self._fd_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES  # the lowest free number is given out first
         self._unopened = logs.BadState(log)
         self.complete = True  # the last listing could be opened, all of it that is there to be read
         self.corrupt_files = self.unverified_bytes = 0
@@ -164,6 +167,8 @@ class QueueReader:
         fd = -1
         try:
             fd = self._disk.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, 0)
+            if fd >= self._fd_max:
+                raise OSError(errno.EMFILE, "as many segments are open as there may be", path)
             header = segment.parse_header(os.pread(fd, 64, 0), os.fstat(fd).st_size)
             if header.partition != self._partition or header.host_id != self._host_id:
                 raise BadSegment(f"belongs to partition {header.partition} of host {header.host_id.hex()}")

@@ -3,6 +3,7 @@
 A row whose check fails is found when it is read; a row that cannot be reached any more, because a page of the tree lost it, is
 not: its name would silently count from 0. So the rows are counted too, and at the end there must be as many as the tallies
 say. Rows that a flush adds meanwhile are counted if they lie in the part that was read already; the rest is still to be read.
+With a copy in MongoDB a ledger that lost rows is set aside as damaged; else it is used, and a note says how many there were.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from catchall.engine.ledger_opening import leave_note
+from catchall.storage.ledger import LedgerDamaged
 
 if TYPE_CHECKING:
     from catchall.engine.partition import Partition
@@ -48,6 +50,9 @@ class Scrub:
         tallies = ledger.meta.tallies
         total = tallies.catch_all + tallies.not_catch_all + tallies.unknown
         if self._rows != total:
-            what = f"{ledger.path}: {self._rows} domains can be read, its tallies say {total}; those that are lost count from 0"
+            what = f"{self._rows} domains can be read, its tallies say {total}"
+            if self._partition.copied:  # MongoDB holds more of the lost ones than what would be counted from now on
+                raise LedgerDamaged(ledger.path, what)
+            what = f"{ledger.path}: {what}; those that are lost count from 0"
             log.error("%s", what)
             leave_note(ledger.path.parent, "rows-lost", what)

@@ -173,6 +173,7 @@ class Ledger:
     must_exist  it was made before: not to make it but to raise LedgerDamaged if the file holds nothing
     threshold   the rule's; the tallies are counted anew when they were made with another
     synchronous "FULL", or "OFF" on tmpfs
+    is_new      whether it was made now
     Raises      LedgerDamaged; LedgerFull or sqlite3.OperationalError when the disk does not let it be opened.
     """
 
@@ -202,13 +203,14 @@ class Ledger:
             with failures_explained(path, opening=True):
                 self._configure(synchronous, cache_bytes)
                 self._db.execute("begin immediate")
-                if new := not self._is_made():
+                self.is_new = not self._is_made()
+                if self.is_new:
                     if must_exist:
                         raise LedgerDamaged(path, "nothing is in it, and this partition had a ledger")
                     self._make(component, begin or {})
                 self._db.execute("update meta set opened = opened + 1")
                 self._db.execute("commit")
-                if new:  # so that a -wal which is lost later takes the last flushes with it, and not the whole ledger
+                if self.is_new:  # so that a -wal which is lost later takes the last flushes with it, and not the whole ledger
                     self._db.execute("pragma wal_checkpoint(passive)")
                 self._positions: dict[str, Position] = {}
                 self._read_meta()
@@ -262,7 +264,7 @@ class Ledger:
         if _check_of_positions(self._positions) != positions:
             raise LedgerDamaged(self.path, "its reading positions do not match their check")
         if threshold != self.threshold:
-            self.meta.tallies = self._count_tallies()
+            self.meta.tallies = self.count_tallies()
             self._write_meta(self.meta, self._positions)
 
     def _write_meta(self, meta: Meta, positions: Mapping[str, Position]) -> None:
@@ -273,13 +275,14 @@ class Ledger:
         values = (meta.flush, meta.pushed, self.threshold, *tallies, *checks, meta.service_seconds)
         self._run(_SET_META, (*values, _check_of_values(*own, *values)))
 
-    def _count_tallies(self) -> Tallies:
-        """One scan of the table, at a start with another threshold."""
-        row = self._db.execute(
-            "select count(*) filter (where bounced = 0 and delivered > ?1), count(*) filter (where bounced > 0), "
-            "count(*) filter (where bounced = 0 and delivered <= ?1) from domain",
-            (self.threshold,),
-        ).fetchone()
+    def count_tallies(self) -> Tallies:
+        """By one scan of the table."""
+        with self._statement(), failures_explained(self.path):
+            row = self._db.execute(
+                "select count(*) filter (where bounced = 0 and delivered > ?1), count(*) filter (where bounced > 0), "
+                "count(*) filter (where bounced = 0 and delivered <= ?1) from domain",
+                (self.threshold,),
+            ).fetchone()
         return Tallies(*row)
 
     @contextlib.contextmanager

@@ -10,21 +10,27 @@ import logging
 import os
 import random
 import re
+import resource
 import shutil
 import sqlite3
 
 import damage
 import pytest
 from damage import TRIALS_PER_TEMPLATE, counts_of, make_template, open_and_settle, trials
-from faults import HOST, Host, append, disk_of, failing, flush, ledger_counts, settle
-from service import SMALL, eventually
+from faults import HOST, Host, append, disk_of, failing, flush, ledger_counts, new_queue, settle
+from service import eventually
 
 from catchall.engine import partition as partition_module
+from catchall.engine.data_folder import queue_folder, read_manifest
+from catchall.engine.disk import boot_id
+from catchall.engine.metrics_page import SLOT_BYTES, Slot
 from catchall.engine.partition import Partition
+from catchall.engine.push import Pusher
 from catchall.engine.rules import partition_of
+from catchall.engine.settings import MongoDB
 from catchall.storage import ledger_trace
 from catchall.storage.counts import pack
-from catchall.storage.ledger import LedgerDamaged
+from catchall.storage.ledger import LedgerDamaged, LedgerFull
 
 BLOCKS = 12
 
@@ -270,6 +276,45 @@ def test_rows_that_cannot_be_reached_any_more_are_missed_even_while_flushes_add_
     partition.close()
 
 
+def test_with_a_copy_in_mongodb_a_ledger_that_lost_rows_is_damaged(host):
+    change(host, f"delete from domain where name = '{NAMES[2000]}'")
+    partition = host.own(keep_rows=True)
+    with pytest.raises(LedgerDamaged, match="2999 domains can be read"):
+        while partition.scrub.step():
+            pass
+    partition.close()
+
+
+def test_a_push_that_comes_upon_damage_hands_it_to_the_shard(host, monkeypatch):
+    class Copy:
+        def __init__(self, *_: object) -> None: ...
+
+        def claim(self, *_: object) -> int:
+            return 0
+
+        def send(self, *_: object) -> None: ...
+
+    monkeypatch.setattr("catchall.engine.push.MongoCopy", Copy)
+    overwrite(host, deep_page(host), bytes(4096))
+    partition = host.own(keep_rows=True)
+    slot = Slot("shard", 0, memoryview(bytearray(SLOT_BYTES)).cast("Q"))
+    pusher = Pusher([partition], MongoDB(), threshold=10, slot=slot, first=False)
+    pusher.run()
+    assert pusher.damaged is not None
+    assert pusher.damaged.path == partition.ledger.path
+    partition.close()
+
+
+def test_on_a_full_disk_a_lost_ledger_waits_for_room_and_is_then_set_aside(host, monkeypatch):
+    (host.root / "00" / "ledger.db").write_bytes(b"")
+    monkeypatch.setattr(os, "pwrite", failing(os.pwrite, on=1, error=errno.ENOSPC))
+    with pytest.raises(LedgerFull):
+        host.own()
+    partition = host.own()
+    assert partition.ledger.meta.component.startswith(f"{HOST}-")
+    partition.close()
+
+
 # ---- queues, and bounds
 
 
@@ -325,7 +370,7 @@ def test_a_segment_that_was_read_in_part_and_is_gone_is_said_to_be(tmp_path, cap
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_real_service_starts_answers_and_ends_on_a_damaged_folder(serve, seed):
-    service = serve("--workers", "2", *SMALL)
+    service = serve("--workers", "2")
     client = service.client()
     names = [f"n{i}.example" for i in range(40)]
     for name in names * 3:
@@ -370,7 +415,7 @@ def test_the_real_service_starts_answers_and_ends_on_a_damaged_folder(serve, see
 
 
 def test_a_page_found_damaged_while_the_service_runs_restarts_one_shard_once(serve):
-    service = serve("--workers", "2", *SMALL)
+    service = serve("--workers", "2")
     client = service.client()
     for i in range(2000):
         assert client.put(f"n{i}.example") == 200
@@ -388,4 +433,45 @@ def test_a_page_found_damaged_while_the_service_runs_restarts_one_shard_once(ser
     assert client.put("n0.example") == 200
     assert client.counts("n0.example") == (1, 0)
     assert len(list(path.parent.glob("ledger-*.corrupt"))) == 1
+    service.stop()
+
+
+def test_sigterm_ends_a_service_that_recovers_from_damage_with_a_backlog(serve):
+    service = serve("--workers", "1")
+    service.stop()
+    host_id = read_manifest(service.data_dir).host_id
+    for number in range(16):
+        folder = queue_folder(service.data_dir, number)
+        queue = new_queue(folder, partition=number, host_id=bytes.fromhex(host_id), segment_size=4 << 20, boot_id=boot_id())
+        for _ in range(3):
+            append(queue, b"+a.example\n" * 300_000)
+        queue.close()
+        (folder / "0000000000000000.seg").write_bytes(b"")
+        (folder.parent / "ledger.db").write_bytes(b"damaged" * (number % 3))
+    service.spawn()
+    eventually("its shard runs", lambda: service.pids("shard"))
+    service.stop()
+    service.start()
+    assert service.client().request("GET", "/readyz").json["status"] in ("ready", "degraded")
+    service.stop()
+
+
+def test_a_backlog_of_more_segments_than_descriptors_is_counted(serve):
+    service = serve("--workers", "1", "--set", "storage.flush_interval=50ms")
+    number = partition_of(b"a.example", 16)
+    folder = queue_folder(service.data_dir, number)
+    (supervisor,) = service.pids("supervisor")
+    resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (200, 200))  # for the shard that is started next
+    service.kill("shard", 0)
+    host_id = bytes.fromhex(read_manifest(service.data_dir).host_id)
+    for _ in range(150):
+        queue = new_queue(folder, partition=number, host_id=host_id, boot_id=boot_id())
+        append(queue, b"+a.example\n")
+        queue.close()
+    service.wait_until_ready()
+    assert service.client().counts("a.example") == (150, 0)
+    assert "tried again" in service.log
+    assert len(service.pids("shard")) == 1
+    assert not list(folder.glob("*.corrupt"))
+    assert service.log.count("is started again") == 1, "only after the kill"
     service.stop()

@@ -1,6 +1,7 @@
-"""The command line: `catchall serve`, `catchall check-config`, `catchall version`; `catchall drill` is in crash_drill.py.
+"""The command line: `catchall serve`, `check-config`, `check-data` and `version`; `catchall drill` is in crash_drill.py.
 
-Exit codes  0 good   1 failed   2 wrong use: a bad flag, an unknown setting, a bad value, a file that cannot be read
+Exit codes  0 good   1 failed   2 wrong use: a bad flag, an unknown setting, a bad value, a file that cannot be read; or, of
+            check-data, damage was found
 Settings    flag > environment > file > default; a flag is only a short name of a setting, and --set reaches every one
 Old names   -config -mongodb -cache -cache-ttl -processor -workers: every option may be written with one dash
 """
@@ -100,6 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return serve(args)
             case "check-config":
                 return check_config(args)
+            case "check-data":
+                from catchall.tools.check_data import check_data  # only here, as with `serve`
+
+                return check_data(args.folder, args.json)
             case _:
                 return version()
     except SettingsError as error:
@@ -191,6 +196,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         )
         _add_settings(commands[command])
     subparsers.add_parser("drill", help="hurt a service of its own under load and compare every count")
+    commands["check-data"] = check_data = subparsers.add_parser(
+        "check-data",
+        help="examine a data folder that no service uses; changes nothing",
+        epilog="Exit codes: 0 good, 1 could not examine it, 2 damage was found.",
+        allow_abbrev=False,
+    )
+    check_data.add_argument("folder", metavar="DIR", type=Path, help="the data folder")
+    check_data.add_argument("--json", action="store_true", help="print the report as JSON")
     commands["version"] = subparsers.add_parser("version", help="print the version", allow_abbrev=False)
     return parser, commands
 
