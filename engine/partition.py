@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 import time
 from dataclasses import dataclass
@@ -105,13 +106,13 @@ class Partition:
             ledger.write([], living, [], ledger.meta.tallies)
             return ledger, living
 
-    def _ledger(self, path: Path) -> tuple[Ledger, dict[str, Position]]:
+    def _ledger(self, path: Path, mark: str = "") -> tuple[Ledger, dict[str, Position]]:
         options = self._options
         former = sum(1 for end in ("corrupt", "superseded") for _ in self._folder.glob(f"ledger-*.{end}"))  # each had its own
         ledger = Ledger(
             path,
             host=options.host_id,
-            component=options.host_id if former == 0 else f"{options.host_id}-{former + 1}",
+            component=options.host_id if former == 0 else f"{options.host_id}-{former + 1}{mark}",
             partition=self.number,
             partitions=options.partitions,
             threshold=options.threshold,
@@ -145,7 +146,7 @@ class Partition:
         fresh = self._folder / "ledger.new"
         for left_over in self._folder.glob("ledger.new*"):
             left_over.unlink()
-        ledger, _ = self._ledger(fresh)
+        ledger, _ = self._ledger(fresh, f"-{secrets.token_hex(4)}")  # the other copy of this folder may be doing the same
         ledger.write([], positions, [], ledger.meta.tallies)
         ledger.close()
         fresh.rename(path)
