@@ -275,8 +275,8 @@ def main() -> int:
           f"{load.sent // HOUR_S:,}/s), {load.refused} requests refused; {caught_up:.1f} s after it was back {wrong} domains "
           f"differ in its copy")  # fmt: skip
     figures = {
-        "verdict": verdict, "events_asked": args.events, "events": load.sent, "domains": len(expected), "seconds": round(took, 1),
-        "refused": load.refused, "caught_up_s": round(caught_up, 1), "domains_wrong": wrong,
+        "verdict": verdict, "events_asked": args.events, "events": load.sent, "domains": len(expected),
+        "seconds": round(took, 1), "refused": load.refused, "caught_up_s": round(caught_up, 1), "domains_wrong": wrong,
         "memory_bytes": grown["memory"], "disk_bytes": grown["disk"],
         "read_ms_max": round(max(one.read_ms for one in samples), 1),
     }  # fmt: skip
