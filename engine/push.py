@@ -1,7 +1,8 @@
 """Keeps MongoDB's copy of a shard's ledgers up to date. One thread a shard; one push at a time for a partition.
 
     1 claim    write a fresh claim into the fence and read its `flush`. Behind our `pushed`: MongoDB was restored or rolled
-               back, so begin from 0. Ahead of our ledger: this ledger is an older one; it is superseded, the shard starts anew
+               back, so begin from 0. Ahead of our ledger: this ledger is an older one; it is superseded, the shard starts anew.
+               Found a claim of another process since our last one: it is lost, as in 3
     2 send     every row with flush > from, as of a COMMIT that has returned: the last flushes from memory, else a scan
     3 advance  move the fence to T if the claim is still ours; else begin from 0 at the next push. One lost claim may be a late
                write of our own predecessor; the second in a row is another process with a copy of this data folder: superseded
@@ -65,16 +66,26 @@ def options_of(mongodb: MongoDB) -> MongoOptions:
     )
 
 
-def push(partition: Partition, copy: MongoCopy, from_zero: bool = False) -> tuple[int, bool]:
-    """Steps 1 to 4 once. Returns (rows sent, whether the claim held). Raises MongoError, Superseded."""
+def push(partition: Partition, copy: MongoCopy, owner: str, claimed: set[int], from_zero: bool) -> tuple[int, bool]:
+    """Steps 1 to 4 once. Returns (rows sent, whether the claim held). Raises MongoError, Superseded.
+
+    owner    what all claims of this process begin with
+    claimed  partitions whose fence held a claim of this process when it was last seen
+    """
     ledger = partition.ledger
     component = ledger.meta.component
-    claim = secrets.token_hex(8)
+    claim = f"{owner}-{secrets.token_hex(4)}"
     target = ledger.meta.flush
-    fence = copy.claim(component, partition.number, claim) or 0
+    found = copy.claim(component, partition.number, claim)
+    fence = found.flush or 0
     if fence > ledger.meta.flush:
         raise Superseded(partition.number, _ahead(partition, fence))
-    start = 0 if from_zero or fence < ledger.meta.pushed else ledger.meta.pushed
+    restored = fence < ledger.meta.pushed
+    taken = partition.number in claimed and not (found.claim or owner).startswith(owner)
+    claimed.add(partition.number)
+    if taken and not restored:
+        return 0, False
+    start = 0 if from_zero or restored else ledger.meta.pushed
     sent = 0
     recent = partition.recent.take(start) if partition.recent is not None else None
     if recent is not None:
@@ -86,6 +97,7 @@ def push(partition: Partition, copy: MongoCopy, from_zero: bool = False) -> tupl
             copy.send(piece, component, frozenset(row[0] for row in piece) if start == 0 and fence == 0 else frozenset())
             sent += len(piece)
     if not copy.advance(component, partition.number, claim, target):
+        claimed.discard(partition.number)  # the next push would find the claim that this one has lost to
         return sent, False
     ledger.set_pushed(target)
     return sent, True
@@ -123,6 +135,8 @@ class Pusher(threading.Thread):
         self._stopping = False
         self._view_made = False
         self._check_at = 0.0
+        self._owner = secrets.token_hex(8)
+        self._claimed: set[int] = set()
         self._from_zero: set[int] = set()
         self._lost_claims: Counter[int] = Counter()  # in a row, by partition
         self._away = BadState(log)
@@ -198,7 +212,7 @@ class Pusher(threading.Thread):
             meta = partition.ledger.meta
             fence = fences.get((meta.component, partition.number))
             if fence is None:
-                fence = copy.claim(meta.component, partition.number, secrets.token_hex(8)) or 0
+                fence = copy.claim(meta.component, partition.number, self._owner).flush or 0
             if fence > meta.flush:
                 raise Superseded(partition.number, _ahead(partition, fence))
             if fence < meta.pushed:
@@ -223,11 +237,12 @@ class Pusher(threading.Thread):
             self._contested.leave("no other process pushes partitions of this shard", time.monotonic())
 
     def _push_one(self, partition: Partition, copy: MongoCopy) -> None:
-        sent, held = push(partition, copy, partition.number in self._from_zero)
+        number = partition.number
+        sent, held = push(partition, copy, self._owner, self._claimed, number in self._from_zero)
         self._slot.cells[PUSHED_ROWS] += sent
         if held:
-            self._from_zero.discard(partition.number)
-            self._lost_claims.pop(partition.number, None)
+            self._from_zero.discard(number)
+            self._lost_claims.pop(number, None)
         else:
             self._lose_claim(partition)
 

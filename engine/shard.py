@@ -410,6 +410,8 @@ class Shard:
             self._next_flush = 0.0
             self._begin_flush(time.monotonic())
             idle = self._flushing is None and not took and not any(partition.due for partition in self._partitions)
+            if self._flushing is None and not idle and not took:
+                time.sleep(SLEEP_MIN_S)  # a full disk is not to be tried again yet
         self._set_gauges()
         patience = min(5.0, self._settings.server.shutdown_timeout)
         ledgers_free = self._pusher is None or self._pusher.stop(patience)

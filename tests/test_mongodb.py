@@ -146,16 +146,16 @@ def test_a_claim_takes_the_fence_from_the_claimer_before(copy: MongoCopy) -> Non
     copy.claim(HERE, 3, "second")
     assert not copy.advance(HERE, 3, "first", 9)
     assert copy.advance(HERE, 3, "second", 7)
-    assert copy.claim(HERE, 3, "third") == 7
+    assert copy.claim(HERE, 3, "third") == (7, "second")
 
 
 def test_the_flush_of_a_fence_outlives_claims_and_never_falls(copy: MongoCopy) -> None:
-    assert copy.claim(HERE, 0, "x") is None
-    assert copy.claim(HERE, 0, "x") is None, "claimed, but nothing was pushed"
+    assert copy.claim(HERE, 0, "x").flush is None
+    assert copy.claim(HERE, 0, "x").flush is None, "claimed, but nothing was pushed"
     assert copy.advance(HERE, 0, "x", 12)
     assert copy.advance(HERE, 0, "x", 12), "the same again is no fault"
     assert copy.advance(HERE, 0, "x", 11)
-    assert copy.claim(HERE, 0, "y") == 12
+    assert copy.claim(HERE, 0, "y").flush == 12
 
 
 def test_partitions_and_components_have_fences_of_their_own(copy: MongoCopy, database: Any) -> None:
@@ -298,7 +298,7 @@ def test_a_scan_never_outlasts_the_lease(mongo: Mongo, copy: MongoCopy) -> None:
 def test_a_server_without_snapshots_does_everything(own_standalone: Mongo, connect_copy: Connect) -> None:
     copy = connect_copy(own_standalone.uri)
     copy.ensure_view(10)
-    assert copy.claim(HERE, 0, "x") is None
+    assert copy.claim(HERE, 0, "x").flush is None
     five_domains(copy)
     assert copy.advance(HERE, 0, "x", 1)
     assert totals(copy, "all1.com") == {"all1.com": (11, 0)}

@@ -120,6 +120,27 @@ def test_one_lost_claim_pushes_again_from_the_start_and_the_second_in_a_row_supe
     assert superseded.value.partition == 0
 
 
+def test_a_claim_between_two_pushes_is_lost_too_even_if_nobody_is_ahead(own: Own, copy: MongoCopy, slot: Slot) -> None:
+    held = own("a.example")
+    pusher = pusher_of(slot, held)
+    pusher._push_all(copy)
+    for _ in range(2):
+        copy.claim(HOST, 0, "another")
+        held = own("a.example")
+        pusher._partitions = (held,)
+        pusher._push_all(copy)
+        assert pusher._contested.lasts
+        pusher._push_all(copy)
+        assert not pusher._contested.lasts
+        assert held.ledger.meta.pushed == held.ledger.meta.flush
+    pusher._from_zero.add(0)
+    copy.claim(HOST, 0, "another")
+    pusher._push_all(copy)
+    copy.claim(HOST, 0, "another")
+    with pytest.raises(Superseded, match="in use elsewhere"):
+        pusher._push_all(copy)
+
+
 def test_a_ledger_behind_its_fence_is_superseded_at_the_first_look_without_an_event(
     own: Own, copy: MongoCopy, slot: Slot
 ) -> None:
@@ -147,7 +168,7 @@ def test_a_superseded_ledger_hands_its_positions_on_and_sets_nothing_aside_in_it
     for _ in range(2):
         second = host.own()
         settle(second)
-        assert second.ledger.meta.component == f"{HOST}-2"
+        assert second.ledger.meta.component.startswith(f"{HOST}-2-")
         assert ledger_counts(second) == {"living.example": (1, 0), "dead.example": (1, 0)}
         second.close()
     assert not list(tmp_path.glob("00/q/*.corrupt"))
@@ -161,10 +182,12 @@ def test_a_mark_that_outlived_the_ledger_it_was_meant_for_changes_nothing(tmp_pa
     partition.supersede("a later state is known")
     partition.close()
     mark = (tmp_path / "00" / "ledger.superseded").read_text()
-    host.own().close()
+    partition = host.own()
+    component = partition.ledger.meta.component
+    partition.close()
     (tmp_path / "00" / "ledger.superseded").write_text(mark)  # a death came just before it was removed
     partition = host.own()
-    assert partition.ledger.meta.component == f"{HOST}-2"
+    assert partition.ledger.meta.component == component
     assert not (tmp_path / "00" / "ledger.superseded").exists()
     partition.close()
 
@@ -219,7 +242,7 @@ def test_a_document_that_is_refused_holds_up_no_other_partition(own: Own, copy: 
         ([], True),
         ([(HOST, 0), (HOST, 1), (HOST, 15)], True),  # of all shards of this host, whichever asks
         ([(HOST, 0), (f"{HOST}-2", 1)], True),  # partition 1 pushed nothing before its ledger was set aside
-        ([(HOST, 0), (HOST, 1), (f"{HOST}-2", 1)], False),  # what MongoDB has of the former ledger is in no other
+        ([(HOST, 0), (HOST, 1), (f"{HOST}-2-0a1b2c3d", 1)], False),  # what MongoDB has of the former ledger is in no other
         ([(HOST, 0), (OTHER_HOST, 1)], False),
         ([(OTHER_HOST, 0)], False),
     ],
