@@ -25,10 +25,10 @@ from faults import (
     Died,
     Host,
     Steps,
-    Words,
     flush,
     leave_for_dead,
     ledger_counts,
+    loads_are_steps,
     make_mortal,
     settle,
 )
@@ -281,9 +281,7 @@ class Machine:
         partition = shard.partitions[p]
         partition.reader.discover()
         partition.reader.check_writers()
-        for found in partition.reader._segments.values():
-            if not isinstance(found.words, Words):
-                found.words = Words(found.words, shard.steps, loads=True)  # type: ignore[assignment]
+        loads_are_steps(partition.reader, shard.steps)
         partition.drain(bytes_max)
 
     def check_read(self, p: int) -> None:
@@ -369,7 +367,8 @@ class World:
                 machine.check_read(number)
         elif what == "append":
             self.append(machine, number, [(number, "+", 1), (1 - number, "+", 1), (3, "-", 2)])
-        elif what == "close":
+        elif what == "close":  # with a last request
+            self.append(machine, number, [(number, "+", 1)])
             self.close(machine, number)
         elif what == "kill other":
             self.kill_writer(machine, number)
