@@ -9,7 +9,8 @@ Trouble      Each action of a process takes a Trouble: at its n-th step (a disk 
              statement, a point of a push) it dies, loses its connection, or waits while another process does something.
 Books        For every name: acknowledged <= counted <= sent, for reads, ledgers, tallies and MongoDB. `sent` is what was
              acknowledged and what is ambiguous: its writer died, or its sync failed, before the answer.
-             `safe` is what no power cut may take; `seen` is the highest count that a read returned.
+             No power cut may take what was `synced` or, the highest count that was committed, what was `kept`; `seen` is
+             the highest that a read returned.
 Events with ids belong into `Machine.lines_of` and, as a set of ids for each key beside its counts, into Books.
 """
 
@@ -65,7 +66,8 @@ class Books:
     def __init__(self) -> None:
         self.acknowledged: Counter[Key] = Counter()
         self.sent: Counter[Key] = Counter()
-        self.safe: Counter[Key] = Counter()
+        self.synced: Counter[Key] = Counter()
+        self.kept: Counter[Key] = Counter()
         self.seen: Counter[Key] = Counter()
 
     def check(self, counted: Counter[Key], least: Counter[Key], who: str, names: list[str] = NAMES) -> None:
@@ -75,7 +77,7 @@ class Books:
 
     def begin_anew(self, counted: Counter[Key]) -> None:
         """After a power cut: what it took is gone for good, and what it left stays."""
-        for book in (self.acknowledged, self.sent, self.safe, self.seen):
+        for book in (self.acknowledged, self.sent, self.synced, self.kept, self.seen):
             book.clear()
             book.update(counted)
 
@@ -217,7 +219,7 @@ class Machine:
             if failed.isdisjoint(counts):
                 for part in counts.values():
                     self.books.acknowledged += part
-                    self.books.safe += part
+                    self.books.synced += part
 
     def sync(self, writer: Writer) -> None:
         for p, queue in enumerate(writer.queues):
@@ -225,7 +227,7 @@ class Machine:
                 queue.tidy()
                 if self.policy == "interval":
                     queue.sync()
-                    self.books.safe += writer.unsynced[p]
+                    self.books.synced += writer.unsynced[p]
             except OSError:
                 if self.policy == "interval":
                     queue.abandon()
@@ -238,7 +240,7 @@ class Machine:
             with suppress(OSError):
                 queue.close()
                 if self.policy == "interval":
-                    self.books.safe += writer.unsynced[p]
+                    self.books.synced += writer.unsynced[p]
         del self.writers[number]
 
     # ---- owners
@@ -304,7 +306,7 @@ class Machine:
         books.check(counted, least, "read", NAMES_OF[p])
         books.seen |= counted
         if self.policy == "always":
-            books.safe |= counted
+            books.kept |= counted
         tallies = partition.tallies(5000, 1)
         if tallies is not None and tallies[1] == 1:  # as of now
             assert tallies[0] == recount(counted, NAMES_OF[p]), "statistics"
@@ -314,7 +316,7 @@ class Machine:
         rows = ledger_counts(partition)
         self.books.check(by_key(rows), least, "ledger", NAMES_OF[p])
         assert partition.ledger.meta.tallies == recount(by_key(rows), NAMES_OF[p]), "tallies"
-        self.books.safe |= by_key(rows)
+        self.books.kept |= by_key(rows)
         for piece in partition.ledger.scan(0):
             for _, _, _, *times in piece:
                 assert all(at == 0 or abs(at - NOW) < 10_000_000 for at in times), "a time that no clock showed"
@@ -522,12 +524,12 @@ class World:
         self.restores += 1
 
     def cut_power(self, machine: Machine) -> None:
-        """Everything since the last sync may be gone; what is there is counted, and never less than what was safe."""
+        """Everything since the last sync may be gone; what is there is counted, and never less than the policy promises."""
         machine.kill_all()
         for power in machine.power:
             power.cut(self.draw)
         machine.boots += 1
-        self.settle(machine, machine.books.safe)
+        self.settle(machine, machine.books.synced | machine.books.kept)
         counted: Counter[Key] = Counter()
         for shard in machine.shards:
             for partition in shard.partitions.values():

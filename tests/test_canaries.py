@@ -8,18 +8,16 @@ the very function that guards the rule.
 import random
 import sqlite3
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import faults
-import model
 import pytest
+import test_interleavings
 import test_model
 import test_power_cuts
 import test_push_deaths
 import test_recovery
-from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from catchall.engine import event_queue
@@ -33,14 +31,13 @@ from catchall.engine.segment import PUBLISHED, SEALED
 from catchall.storage.ledger import Ledger
 
 FOUND = (AssertionError, Superseded)
-EXAMPLES = 300  # that the model may take
 
 Check = Callable[[int], None]
 
 
 @pytest.fixture
-def caught(tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Callable[[Check, int], None]:
-    """Run a check up to so many times, each in a folder of its own, until it fails."""
+def caught(tmp_path: Path, record_property: Callable[[str, object], None]) -> Callable[[Check, int], None]:
+    """Run a check up to so many times, each in a folder of its own, until it fails. --junit-xml keeps what it found."""
 
     def run(check: Check, tries: int) -> None:
         for number in range(1, tries + 1):
@@ -48,8 +45,7 @@ def caught(tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.Captur
             try:
                 check(number)
             except FOUND as found:
-                with capsys.disabled():
-                    print(f"\n{request.node.name}: try {number}: {str(found).splitlines()[0]}")
+                record_property("found", f"at try {number}: {type(found).__name__} {str(found).splitlines()[0]}")
                 return
         pytest.fail(f"in {tries} tries the check has not seen that the rule is broken")
 
@@ -61,17 +57,21 @@ def broken(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, make: Callabl
     monkeypatch.setattr(owner, name, make(getattr(owner, name)))
 
 
-def model_finds(policy: str = "interval") -> None:
-    few = settings(test_model.SETTINGS, max_examples=EXAMPLES, print_blob=False)
-    machine = type(policy.capitalize(), (test_model.Service,), {"policy": policy})
-    with pytest.raises(FOUND):
-        run_state_machine_as_test(machine, settings=few)
-
-
 @pytest.fixture
 def owner_deaths(tmp_path: Path) -> Check:
     sweep = test_recovery.test_an_owner_that_dies_at_any_step_counts_everything_once
     return lambda n: sweep(tmp_path / str(n), n)
+
+
+@pytest.fixture
+def looks_at_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
+    sweep = test_interleavings.test_an_owner_that_looks_before_any_step_of_a_writer_misses_nothing
+
+    def check(number: int) -> None:
+        with monkeypatch.context() as undone:
+            sweep(tmp_path / str(number), undone, number)
+
+    return check
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def without_folder_sync(disk: Disk) -> Disk:
 # ---- writers
 
 
-def test_the_model_sees_a_segment_that_gets_its_name_before_its_lock(monkeypatch):
+def test_interleavings_see_a_segment_that_gets_its_name_before_its_lock(monkeypatch, caught, looks_at_a_writer):
     class LockedLate(OpenSegment):
         def __init__(self, path: str, fd: int, payload_size: int) -> None:
             super().__init__(path, fd, payload_size)
@@ -103,7 +103,7 @@ def test_the_model_sees_a_segment_that_gets_its_name_before_its_lock(monkeypatch
 
     monkeypatch.setattr(event_queue, "try_lock", lambda fd: True)
     monkeypatch.setattr(event_queue, "OpenSegment", LockedLate)
-    model_finds()
+    caught(looks_at_a_writer, test_interleavings.WRITER_STEPS)
 
 
 def test_power_cuts_see_a_segment_that_is_used_before_its_folder_was_synced(monkeypatch, caught, power_cuts):
@@ -114,7 +114,9 @@ def test_power_cuts_see_a_segment_that_is_used_before_its_folder_was_synced(monk
     caught(power_cuts, 150)
 
 
-def test_the_model_sees_a_segment_that_is_sealed_before_its_last_lines_are_published(monkeypatch):
+def test_interleavings_see_a_segment_that_is_sealed_before_its_last_lines_are_published(
+    monkeypatch, caught, looks_at_a_writer
+):
     def sealed_early(append: Any) -> Any:
         def wrong(self: EventQueue, lines: bytes) -> bool:
             last = self._next is not None and self.room_now(len(lines))
@@ -128,7 +130,7 @@ def test_the_model_sees_a_segment_that_is_sealed_before_its_last_lines_are_publi
         return wrong
 
     broken(monkeypatch, EventQueue, "append", sealed_early)
-    model_finds()
+    caught(looks_at_a_writer, test_interleavings.WRITER_STEPS)
 
 
 def test_power_cuts_see_lines_that_are_published_before_their_sync_under_always(monkeypatch, caught, tmp_path):
@@ -152,7 +154,7 @@ def test_power_cuts_see_lines_that_are_published_before_their_sync_under_always(
 # ---- readers
 
 
-def test_the_model_sees_a_reader_that_loads_published_before_sealed(monkeypatch):
+def test_interleavings_see_a_reader_that_loads_published_before_sealed(monkeypatch, caught, tmp_path):
     class Stale:
         """`published` is as it was; `sealed` says now that nothing follows."""
 
@@ -173,7 +175,8 @@ def test_the_model_sees_a_reader_that_loads_published_before_sealed(monkeypatch)
         return wrong
 
     broken(monkeypatch, QueueReader, "_stop", stale)
-    model_finds()
+    sweep = test_interleavings.test_a_writer_that_acts_before_any_step_of_an_owner_is_counted_once
+    caught(lambda n: sweep(tmp_path / str(n), test_interleavings.end, n), test_interleavings.OWNER_STEPS)
 
 
 def test_the_model_sees_a_read_that_does_not_list_the_folder_first(monkeypatch):
@@ -188,7 +191,8 @@ def test_the_model_sees_a_read_that_does_not_list_the_folder_first(monkeypatch):
         return wrong
 
     broken(monkeypatch, Partition, "catch_up", blind)
-    model_finds()
+    with pytest.raises(FOUND):
+        run_state_machine_as_test(test_model.Service, settings=test_model.SETTINGS)
 
 
 # ---- flushes
@@ -321,7 +325,7 @@ def test_flushes_during_a_push_see_a_target_that_is_taken_after_the_rows(monkeyp
     caught(lambda n: sweep(tmp_path / str(n), n, False), test_push_deaths.POINTS)
 
 
-def test_the_model_sees_a_push_of_rows_that_were_never_committed(monkeypatch):
+def test_a_full_disk_shows_a_push_of_rows_that_were_never_committed(monkeypatch, caught, tmp_path):
     def kept(end_flush: Any) -> Any:
         def wrong(self: Partition, flight: Flush) -> None:
             if flight.full is not None and self.recent is not None:
@@ -331,15 +335,12 @@ def test_the_model_sees_a_push_of_rows_that_were_never_committed(monkeypatch):
         return wrong
 
     broken(monkeypatch, Partition, "end_flush", kept)
-    model_finds()
+    sweep = test_push_deaths.test_a_flush_for_which_the_disk_was_full_is_in_no_copy_before_it_is_in_the_ledger
+    caught(lambda n: sweep(tmp_path / str(n), True), 1)
 
 
-def test_a_canary_is_not_caught_by_code_that_is_right(owner_deaths, power_cuts, tmp_path):
-    """The checks above fail because of what was broken, and for nothing else."""
-    for number in range(1, 6):
+def test_the_checks_find_nothing_where_nothing_is_broken(tmp_path, owner_deaths, power_cuts, looks_at_a_writer):
+    """So what they find above is what was broken, and nothing else."""
+    for number, check in enumerate([owner_deaths, power_cuts, looks_at_a_writer] * 3):
         (tmp_path / str(number)).mkdir()
-        owner_deaths(number)
-        with suppress(FileExistsError):
-            (tmp_path / str(100 + number)).mkdir()
-        power_cuts(100 + number)
-    assert model.NAMES
+        check(number)
