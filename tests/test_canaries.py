@@ -134,12 +134,10 @@ def test_interleavings_see_a_segment_that_is_sealed_before_its_last_lines_are_pu
 
 
 def test_power_cuts_see_lines_that_are_published_before_their_sync_under_always(monkeypatch, caught, tmp_path):
-    def published_early(stage: Any) -> Any:
-        def wrong(self: EventQueue, lines: bytes) -> bool:
-            done = stage(self, lines)
-            if done:
-                self.publish()
-            return done
+    def published_early(sync_staged: Any) -> Any:
+        def wrong(self: EventQueue) -> None:
+            self.publish()
+            sync_staged(self)
 
         return wrong
 
@@ -147,7 +145,7 @@ def test_power_cuts_see_lines_that_are_published_before_their_sync_under_always(
         world = test_power_cuts.World(tmp_path / str(seed), monkeypatch, random.Random(seed))
         test_power_cuts.always_loses_nothing_that_was_acknowledged_or_read(world)
 
-    broken(monkeypatch, EventQueue, "stage", published_early)
+    broken(monkeypatch, EventQueue, "sync_staged", published_early)
     caught(check, 100)
 
 
