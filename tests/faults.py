@@ -187,6 +187,13 @@ def make_mortal(made: OpenSegment, steps: Steps) -> None:
     made.words = Words(memoryview(made.map)[:4096].cast("Q"), steps)  # type: ignore[assignment]
 
 
+def loads_are_steps(reader: QueueReader, steps: Steps) -> None:
+    """Every load of a word of the segments that this reader has open becomes a step."""
+    for found in reader._segments.values():
+        if not isinstance(found.words, Words):
+            found.words = Words(found.words, steps, loads=True)  # type: ignore[assignment]
+
+
 class Mortal:
     """While installed, every store into a segment is a step, and `bury` closes what the dead left open."""
 

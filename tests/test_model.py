@@ -16,7 +16,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from model import NAMES, PARTITIONS, Event, Trouble, World
+from model import Trouble, World
+from model_host import NAMES, PARTITIONS, Event
 
 LONG = int(os.environ.get("CATCHALL_MODEL_EXAMPLES", "0"))
 SETTINGS = settings(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
-from faults import HOST, Died, Host, Steps, append, leave_for_dead, settle
+from faults import HOST, Died, Host, Steps, append, flush, leave_for_dead, ledger_counts, settle
 from mongo_stand_in import MemoryCopy, MemoryServer
 from power import Power
 
@@ -25,7 +25,7 @@ kept_or_scanned = pytest.mark.parametrize("keep_rows", [True, False], ids=["rows
 
 def flushes(queue: EventQueue, partition: Partition) -> Iterator[None]:
     """Three flushes, each to be pushed; names that are new, and names that MongoDB knows."""
-    for names in (NAMES[:2], NAMES[1:4], NAMES):
+    for names in (NAMES[:2], NAMES[1:4], NAMES[3:]):
         append(queue, "".join(f"+{name}\n-{name} 2\n" for name in names).encode())
         settle(partition)
         yield
@@ -39,11 +39,11 @@ def push_until_it_holds(partition: Partition, copy: MemoryCopy) -> None:
 def assert_copy_equals_ledger(server: MemoryServer, partition: Partition) -> None:
     meta = partition.ledger.meta
     for name, delivered, bounced, *times in (row for piece in partition.ledger.scan(0) for row in piece):
-        document = server.documents[name]
+        document = server.documents.get(name, {})
         shares = (document.get("delivered", {}).get(meta.component), document.get("bounced", {}).get(meta.component))
         assert shares == (delivered or None, bounced or None), name
         assert [document.get(at, 0) for at in ("first_at", "last_delivered_at", "last_bounced_at")] == times, name
-    assert server.fences[f"{meta.component}/00"]["flush"] == meta.flush == meta.pushed
+    assert server.fences[f"{meta.component}/00"].get("flush") == meta.flush == meta.pushed
 
 
 @kept_or_scanned
@@ -71,6 +71,46 @@ def test_an_owner_that_dies_at_any_step_of_a_push_is_followed_by_one_that_makes_
     assert_copy_equals_ledger(server, partition)
     queue.close()
     partition.close()
+
+
+FLUSH_STEPS, PUSH_STEPS = 30, 10  # of one flush, and of one push; a few more than they take
+
+
+@pytest.mark.parametrize("dies_at", range(1, FLUSH_STEPS + 1))
+def test_nothing_is_pushed_that_a_power_cut_takes_back(tmp_path, dies_at):
+    """The COMMIT in which an owner is killed may be visible and not durable: its successor makes it durable, then pushes.
+
+    The successor dies too, at any step of its push, and power is cut.
+    """
+    for dies_again_at in range(1, PUSH_STEPS + 1):
+        root = tmp_path / str(dies_again_at)
+        host, server, supply = Host(root), MemoryServer(), Power(root / "00")
+        queue = host.queue()
+        for at, writes in ((None, True), (dies_at, True), (dies_again_at, False)):
+            steps = Steps()
+            supply.before_opening()
+            partition = host.own()
+            steps.statements_of(partition.ledger)
+            supply.opened(partition.ledger)
+            with suppress(Died):
+                steps.dies_at = at
+                if writes:
+                    append(queue, b"+n0.example\n+n1.example\n")
+                    settle(partition)
+                push(partition, MemoryCopy(server, lambda _, steps=steps: steps.step()))
+            leave_for_dead(partition)
+        supply.cut_ledger(random.Random(dies_at * PUSH_STEPS + dies_again_at))
+        partition = host.own()
+        for name, (delivered, _) in ledger_counts(partition).items():
+            copied = server.documents.get(name, {}).get("delivered", {}).get(HOST, 0)
+            assert copied <= delivered, f"MongoDB has {copied}, and the ledger {delivered}"
+        push(partition, MemoryCopy(server))
+        queue.close()
+        settle(partition)
+        push_until_it_holds(partition, MemoryCopy(server))
+        assert_copy_equals_ledger(server, partition)
+        assert ledger_counts(partition)["n0.example"] == (2, 0)
+        partition.close()
 
 
 class Once:
@@ -155,6 +195,24 @@ def test_a_flush_that_commits_during_a_push_is_in_the_copy_after_the_next(tmp_pa
         push(partition, copy)
     push_until_it_holds(partition, copy)
     assert_copy_equals_ledger(server, partition)
+    queue.close()
+    partition.close()
+
+
+@kept_or_scanned
+def test_a_flush_for_which_the_disk_was_full_is_in_no_copy_before_it_is_in_the_ledger(tmp_path, keep_rows):
+    host, server, steps = Host(tmp_path), MemoryServer(), Steps()
+    queue, partition = host.queue(), host.own(keep_rows=keep_rows)
+    steps.statements_of(partition.ledger)
+    append(queue, b"+n0.example\n")
+    settle(partition)
+    for steps.full in (True, True, False):
+        append(queue, b"+n0.example\n+n1.example\n")
+        partition.catch_up()
+        assert (flush(partition).full is not None) == steps.full
+        push_until_it_holds(partition, MemoryCopy(server))
+        assert_copy_equals_ledger(server, partition)
+        assert server.documents["n0.example"]["delivered"] == {HOST: 1 if steps.full else 4}
     queue.close()
     partition.close()
 

@@ -307,7 +307,7 @@ def test_never_syncs_nothing(tmp_path):
     assert fdatasync.uses == fsync.uses == 0
 
 
-def test_a_failed_sync_under_interval_begins_a_new_segment_and_loses_nothing(tmp_path, readers):
+def test_a_failed_sync_under_interval_is_told_and_begins_a_new_segment_and_loses_nothing(tmp_path, readers, caplog):
     disk = disk_of(fdatasync=failing(os.fdatasync, on=1, error=errno.EIO))
 
     async def main() -> None:
@@ -315,6 +315,7 @@ def test_a_failed_sync_under_interval_begins_a_new_segment_and_loses_nothing(tmp
             await made.record({0: b"+a.example\n"})
             await until(lambda: made._queues[0]._current is None)
             assert cell(made, SYNC_FAILURES) == 1
+            assert "Its segment is sealed and a new one is begun" in caplog.text
             await made.record({0: b"+a.example\n"})
 
     asyncio.run(main())
