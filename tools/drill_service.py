@@ -40,6 +40,7 @@ class Child(NamedTuple):
     """A process of a running service other than its supervisor."""
 
     pid: int
+    parent: int
     role: str  # shard, front (the HTTP server's parent), http (its workers), or "" for what is none of them
     number: int | None  # of a shard
 
@@ -117,7 +118,7 @@ class Service:
     @property
     def complete(self) -> bool:
         """Whether the supervisor, every shard, the front and all HTTP workers run; a new one need not be ready yet."""
-        children = self.children()
+        children = self.serving()
         shards = {child.number for child in children if child.role == "shard"}
         fronts, workers = (sum(child.role == role for child in children) for role in ("front", "http"))
         full = len(shards) >= self._asked("--workers") and workers >= self._asked("--http-workers")
@@ -178,8 +179,15 @@ class Service:
         return [child.pid for child in self.children() if child.role == role and number in (None, child.number)]
 
     def signal(self, what: signal.Signals, role: str, number: int | None = None, which: int = 0) -> int:
-        """Send a signal to a process of a role (the oldest, or `which`), or to that shard; returns its pid. Waits for one."""
-        pids = sorted(eventually(f"a process {role} runs", lambda: self.pids(role, number)))
+        """Send a signal to a process of a role (the oldest, or `which`), or to that shard; returns its pid. Waits for one that
+        is no orphan."""
+
+        def serving() -> list[int]:
+            if role == "supervisor":
+                return self.pids(role)
+            return sorted(child.pid for child in self.serving() if child.role == role and number in (None, child.number))
+
+        pids = eventually(f"a process {role} runs", serving)
         pid = pids[which % len(pids)]
         os.kill(pid, what)
         return pid
@@ -208,6 +216,12 @@ class Service:
             _kill(child.pid)
         return not children
 
+    def serving(self) -> list[Child]:
+        """Those that the supervisor that runs now, or a child of it, has started."""
+        children = self.children()
+        first = {child.pid for child in children if child.parent in self.pids("supervisor")}
+        return [child for child in children if child.pid in first or child.parent in first]
+
     def children(self) -> list[Child]:
         """All living processes but the supervisor, orphans included."""
         mark = f"CATCHALL_RUN={self.data_dir / 'run'}".encode()
@@ -216,7 +230,7 @@ class Service:
             if entry.isdecimal():
                 with contextlib.suppress(OSError):  # it has ended, or is not ours; a zombie's environment is empty
                     if mark in _words(f"/proc/{entry}/environ"):
-                        found.append(_child(int(entry), _words(f"/proc/{entry}/cmdline")))
+                        found.append(_child(int(entry)))
         return found
 
     # ---- clients
@@ -260,9 +274,13 @@ def _words(path: str) -> list[bytes]:
         return file.read().split(b"\0")
 
 
-def _child(pid: int, command: list[bytes]) -> Child:
+def _child(pid: int) -> Child:
+    """Raises OSError."""
+    command = _words(f"/proc/{pid}/cmdline")
     role = next((role for role, mark in MARKS.items() if mark in command), "")
-    return Child(pid, role, int(command[-3]) if role == "shard" else None)
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        parent = int(file.read().rpartition(b") ")[2].split()[1])  # behind the name, which may hold anything, and the state
+    return Child(pid, parent, role, int(command[-3]) if role == "shard" else None)
 
 
 def _kill(pid: int) -> None:
