@@ -1,7 +1,7 @@
 """The report of a drill: a line while it runs, the verdict, and all of it as JSON.
 
     {"schema": 1, "verdict": "lost=0 doubled=0 ambiguous=3", "exit_code": 0, "failure": null, "seed": 7, "command": "…",
-     "versions": {…}, "options": {…}, "seconds": 41.2, "requests": {"acknowledged": …}, "tracebacks": 0,
+     "versions": {…}, "options": {…}, "seconds": 41.2, "requests": {"acknowledged": …}, "tracebacks": [],
      "events": {"acknowledged": …, "ambiguous": …, "counted": …}, "checkpoints": [{"after": 25, "at_s": 31.0, "counted": …}],
      "mismatched": 0, "mismatches": [the first 20],
      "faults": [{"number": 1, "kind": "kill-shard", "params": {"shard": 0}, "wait_ms": 70, "at_s": 0.4, "took_s": 0.5}]}
@@ -39,7 +39,7 @@ class Report:
     faults: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     counted: int = 0  # events, at the last comparison
-    tracebacks: int = 0  # in the service's log
+    tracebacks: list[str] = field(default_factory=list)  # in the service's log: how each ends
     _started: float = field(default_factory=time.monotonic)
 
     def elapsed_s(self) -> float:

@@ -73,7 +73,9 @@ def run(args: argparse.Namespace, plan: Sequence[Planned], command: str, folder:
             if service.ready:
                 with suppress(TimeoutError):
                     report.mismatches = load.record.mismatches(load.record.counted(service.client()))
-        report.tracebacks = service.log.count("Traceback")
+        report.tracebacks = service.tracebacks
+        if report.tracebacks and report.failure is None:
+            report.code, report.failure = MISMATCH, f"the service has logged a traceback: {report.tracebacks[0]}"
         return report
 
 

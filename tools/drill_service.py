@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -29,6 +30,7 @@ from catchall.tools.polling import WITHIN_S, eventually
 
 SMALL = ("--set", "data.reserve=0", "--set", "data.min_free_space=0", "--set", "data.segment_size=64KiB")
 MARKS = {"shard": b"catchall.engine.shard", "front": b"catchall.http.front", "http": b"--multiprocessing-fork"}  # by role
+TRACEBACK = re.compile(r"^Traceback .*\n(?:[ ].*\n)+(.*)|.* \| Traceback .*", re.MULTILINE)
 OURS = ("CATCHALL_", "SERVER_", "MONGODB_", "DELIVERED_")  # environment variables that the service reads
 
 
@@ -164,6 +166,11 @@ class Service:
     @property
     def log(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    @property
+    def tracebacks(self) -> list[str]:
+        """How each traceback in the log ends; one that was logged is a line."""
+        return [found.group(found.lastindex or 0) for found in TRACEBACK.finditer(self.log)]
 
     # ---- processes
 
