@@ -29,6 +29,7 @@ from catchall.tools.drill_process import free_port, start_tied
 from catchall.tools.polling import WITHIN_S, eventually
 
 SMALL = ("--set", "data.reserve=0", "--set", "data.min_free_space=0", "--set", "data.segment_size=64KiB")
+LOG_SHOWN = 4000  # of its end, in an error
 MARKS = {"shard": b"catchall.engine.shard", "front": b"catchall.http.front", "http": b"--multiprocessing-fork"}  # by role
 TRACEBACK = re.compile(r"^Traceback .*\n(?:[ ].*\n)+(.*)|.* \| Traceback .*", re.MULTILINE)
 OURS = ("CATCHALL_", "SERVER_", "MONGODB_", "DELIVERED_")  # environment variables that the service reads
@@ -81,7 +82,7 @@ class Service:
             if self._process is not None:
                 return self
             self.port = free_port()
-        raise ServiceFailed(f"the service does not start:\n{self.log}")
+        raise ServiceFailed(f"the service does not start:\n{self.log[-LOG_SHOWN:]}")
 
     def spawn(self) -> None:
         self._log_from = self._log.stat().st_size if self._log.exists() else 0
@@ -99,7 +100,7 @@ class Service:
             self._process = None
             if code == 1 and "something else listens" in self._log.read_bytes()[self._log_from :].decode(errors="replace"):
                 return True
-            raise ServiceFailed(f"the service ended with exit code {code}:\n{self.log}")
+            raise ServiceFailed(f"the service ended with exit code {code}:\n{self.log[-LOG_SHOWN:]}")
         return self.ready
 
     @property
@@ -143,9 +144,9 @@ class Service:
         found = process.wait(WITHIN_S)
         self._process = None
         if found != code:
-            raise ServiceFailed(f"the service ended with exit code {found} instead of {code}:\n{self.log}")
+            raise ServiceFailed(f"the service ended with exit code {found} instead of {code}:\n{self.log[-LOG_SHOWN:]}")
         if left := self.children():
-            raise ServiceFailed(f"the service has ended, and left {left}:\n{self.log}")
+            raise ServiceFailed(f"the service has ended, and left {left}:\n{self.log[-LOG_SHOWN:]}")
 
     def restart(self, *flags: str) -> None:
         """Stop, and start with other flags (the same if none are given)."""
