@@ -94,4 +94,4 @@ def die_with_parent(signal_number: signal.Signals, parent: int) -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:
-        raise SystemExit(1)
+        os._exit(1)  # nothing is begun yet; an exception inside a task of an event loop would print a traceback first

@@ -102,10 +102,16 @@ def lose(stage: Stage, params: Params) -> None:
     stage.load.record.note(ACKNOWLEDGED, [(stage.load.record.names[0], "bounced")] * 3)
 
 
+def log_a_traceback(stage: Stage, params: Params) -> None:
+    with (stage.folder / "log").open("a") as log:
+        log.write('Traceback (most recent call last):\n  File "x.py", line 1, in x\nKeyError: 1\n')
+
+
 def kill_for_good(stage: Stage, params: Params) -> None:
     stage.service.kill_all()
 
 
+@pytest.mark.drill
 def test_kills_lose_and_double_nothing_and_the_report_says_what_was_done(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -122,20 +128,23 @@ def test_kills_lose_and_double_nothing_and_the_report_says_what_was_done(
     events = told["events"]
     assert 0 < events["acknowledged"] <= events["counted"] <= events["acknowledged"] + ambiguous
     assert set(told["versions"]) == {"catchall", "granian", "pymongo", "python"}
-    assert told["tracebacks"] == 0
+    assert told["tracebacks"] == []
 
 
+@pytest.mark.drill
 def test_every_signal_and_a_second_instance_lose_and_double_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     kinds = "stop-process,stop-all,hup,second-instance,restart"
     assert crash_drill.main([*SHORT, "--faults", "8", "--kinds", kinds, "--stop-seconds", "0.5"]) == 0
     assert found(capsys)[:2] == (0, 0)
 
 
+@pytest.mark.drill
 def test_storage_in_memory_outlives_what_it_promises_to(capsys: pytest.CaptureFixture[str]) -> None:
     assert crash_drill.main([*SHORT, "--kills", "5", "--storage", "memory"]) == 0
     assert found(capsys)[:2] == (0, 0)
 
 
+@pytest.mark.drill
 def test_an_event_that_was_counted_twice_is_seen(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     arguments = [*SHORT, "--faults", "30", "--every", "2", "--kinds", "double", "--json", str(report)]
@@ -146,15 +155,26 @@ def test_an_event_that_was_counted_twice_is_seen(capsys: pytest.CaptureFixture[s
     assert (told["mismatches"][0]["domain"], told["mismatches"][0]["kind"]) == ("d0.seed-5.example", "delivered")
 
 
+@pytest.mark.drill
 def test_an_event_that_was_lost_is_seen_whoever_sees_it_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert crash_drill.main([*SHORT, "--faults", "1", "--kinds", "lose"], [Kind("lose", nothing, lose)]) == 2
     assert found(capsys) == (3, 0, 0)
 
 
+@pytest.mark.drill
 def test_a_service_that_does_not_recover_in_time_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     extra = [Kind("kill-for-good", nothing, kill_for_good)]
     assert crash_drill.main([*SHORT, "--faults", "3", "--kinds", "kill-for-good", "--within", "1"], extra) == 2
     assert "the service did not recover within 1 s" in capsys.readouterr().err
+
+
+@pytest.mark.drill
+def test_a_traceback_in_the_log_is_a_failure_even_if_every_count_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    extra = [Kind("log", nothing, log_a_traceback)]
+    assert crash_drill.main([*SHORT, "--faults", "1", "--kinds", "log"], extra) == 2
+    said = capsys.readouterr()
+    assert "the service has logged a traceback: KeyError: 1" in said.err
+    assert VERDICT.fullmatch(said.out)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def main(argv: Sequence[str], extra: Sequence[Kind] = ()) -> int:
     for mismatch in report.mismatches[:20]:
         tell(str(mismatch))
     if report.failure is not None:
-        tell(f"{report.failure}\nafter {len(report.faults)} faults; replay with: {command}")
+        tell(f"{report.when}: {report.failure}\nreplay with: {command}")
     print(report.verdict)
     return report.code
 

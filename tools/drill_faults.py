@@ -20,6 +20,7 @@ from catchall.tools.polling import WITHIN_S, eventually
 DURABLE = frozenset({"durable"})
 HUPS_MAX = 40
 STOP_S_MIN = 0.2
+AGAIN_SHARE, AGAIN_MS_MAX = 0.3, 800  # a start takes about that long
 OTHER_WORKERS_SHARE, WORKERS_MAX = 0.3, 4
 REFUSED = {"folder": "is in use by the service", "port": "something else listens"}  # what a second instance has to say
 
@@ -43,6 +44,15 @@ def maybe_other_workers(chance: random.Random, setup: Setup) -> Params:
     return {"workers": chance.randint(1, WORKERS_MAX)} if chance.random() < OTHER_WORKERS_SHARE else {}
 
 
+def how_to_kill_all(chance: random.Random, setup: Setup) -> Params:
+    again: Params = {"again_ms": chance.randint(0, AGAIN_MS_MAX)} if chance.random() < AGAIN_SHARE else {}
+    return maybe_other_workers(chance, setup) | again
+
+
+def a_shard_and_an_http_worker(chance: random.Random, setup: Setup) -> Params:
+    return a_shard(chance, setup) | an_http_worker(chance, setup)
+
+
 def kill_shard(stage: Stage, params: Params) -> None:
     stage.service.kill("shard", int(params["shard"]))
 
@@ -63,10 +73,22 @@ def kill_supervisor(stage: Stage, params: Params) -> None:
 
 
 def kill_all(stage: Stage, params: Params) -> None:
+    """All at once, and sometimes again while the next ones start and recover."""
     stage.service.kill_all()
     if "workers" in params:
         stage.set_workers(int(params["workers"]))
+    if "again_ms" in params:
+        stage.service.spawn()
+        time.sleep(int(params["again_ms"]) / 1000)
+        stage.service.kill_all()
     stage.service.start()
+
+
+def kill_pair(stage: Stage, params: Params) -> None:
+    """A shard and an HTTP worker in the same instant."""
+    shard = stage.service.signal(signal.SIGKILL, "shard", int(params["shard"]))
+    worker = stage.service.signal(signal.SIGKILL, "http", which=int(params["worker"]))
+    eventually("both are gone", lambda: not {shard, worker} & {child.pid for child in stage.service.children()})
 
 
 # ---- other signals
@@ -163,7 +185,8 @@ KINDS = (
     Kind("kill-http", an_http_worker, kill_http, weight=2, kills=True),
     Kind("kill-front", nothing, kill_front, weight=1, kills=True),
     Kind("kill-supervisor", nothing, kill_supervisor, weight=2, kills=True, needs=DURABLE),
-    Kind("kill-all", maybe_other_workers, kill_all, weight=2, kills=True, needs=DURABLE),
+    Kind("kill-pair", a_shard_and_an_http_worker, kill_pair, weight=1, kills=True),
+    Kind("kill-all", how_to_kill_all, kill_all, weight=2, kills=True, needs=DURABLE),
     Kind("stop-process", a_process_and_seconds, stop_process, weight=3),
     Kind("stop-all", only_seconds, stop_all),
     Kind("hup", some_hups, hup),

@@ -62,20 +62,27 @@ class Load:
         self._pool = ThreadPoolExecutor(len(self._workers))
         self._futures: list[Future[None]] = []
         self._turn = threading.Condition()
-        self._open, self._ended, self._busy = True, False, 0
+        self._open, self._busy = True, 0
         self._end = threading.Event()
 
     def __enter__(self) -> Load:
         self._futures = [self._pool.submit(self._run, work, chance, name) for work, chance, name in self._workers]
-        self.more()
+        try:
+            self.more()
+        except BaseException:
+            self._stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop()
+        self.check()
+
+    def _stop(self) -> None:
         self._end.set()
         with self._turn:
             self._turn.notify_all()
         self._pool.shutdown()
-        self.check()
 
     def more(self, requests: int = 300, within_s: float = WITHIN_S) -> None:
         """Wait until that many more requests were acknowledged. Raises TimeoutError, BrokenPromise."""

@@ -49,9 +49,12 @@ class Planned(NamedTuple):
     wait_ms: int
     params: Params
 
+    @property
+    def what(self) -> str:
+        return " ".join([self.kind.name, *(f"{key}={value}" for key, value in self.params.items())])
+
     def __str__(self) -> str:
-        said = "".join(f" {key}={value}" for key, value in self.params.items())
-        return f"{self.number} {self.kind.name}{said} wait_ms={self.wait_ms}"
+        return f"{self.number} {self.what} wait_ms={self.wait_ms}"
 
 
 def make_plan(seed: int, count: int, kinds: Sequence[Kind], setup: Setup) -> list[Planned]:

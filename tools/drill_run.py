@@ -42,7 +42,8 @@ def run(args: argparse.Namespace, plan: Sequence[Planned], command: str, folder:
     with ExitStack() as stack:
         disk = mongo = proxy = None
         if any("small disk" in planned.kind.needs for planned in plan):
-            disk = stack.enter_context(small_disk(folder))
+            (folder / "data").mkdir()
+            disk = stack.enter_context(small_disk(folder / "data"))
         flags = service_flags(args, folder) + (DISK_FLAGS if disk else ())
         if args.storage == "mongodb":
             binary = args.mongodb_binary or mongod_binary()
@@ -73,7 +74,9 @@ def run(args: argparse.Namespace, plan: Sequence[Planned], command: str, folder:
             if service.ready:
                 with suppress(TimeoutError):
                     report.mismatches = load.record.mismatches(load.record.counted(service.client()))
-        report.tracebacks = service.log.count("Traceback")
+        report.tracebacks = service.tracebacks
+        if report.tracebacks and report.failure is None:
+            report.code, report.failure = MISMATCH, f"the service has logged a traceback: {report.tracebacks[0]}"
         return report
 
 
@@ -95,10 +98,10 @@ def hurt(stage: Stage, plan: Sequence[Planned], report: Report, every: int) -> N
         for planned in plan:
             stage.under_load()
             time.sleep(planned.wait_ms / 1000)
-            at_s = report.elapsed_s()
+            report.begin_fault(planned)
             planned.kind.apply(stage, planned.params)
             stage.recovered()
-            report.note_fault(planned, at_s, len(plan))
+            report.end_fault(len(plan))
             if planned.number % every == 0 or planned is plan[-1]:
                 with stage.load.paused():
                     compare(stage, report)
@@ -111,17 +114,17 @@ def finish(stage: Stage, report: Report, durable: bool) -> None:
         if (left := at_rest(stage.service.data_dir)) != ([], 0):
             raise ServiceFailed(f"at rest, {len(left[0])} segments and {left[1]} rows about segments are left")
         stage.service.start()
-        compare(stage, report)
+        compare(stage, report, restarted=True)
     stage.service.stop()
 
 
-def compare(stage: Stage, report: Report) -> None:
+def compare(stage: Stage, report: Report, restarted: bool = False) -> None:
     """Every domain's counts, and what is made of them. Nobody writes. Raises CountsDiffer, FAILURES."""
     stage.service.wait_until_ready()
     client = stage.service.client()
     counts = stage.load.record.counted(client)
     report.mismatches = stage.load.record.mismatches(counts)
-    report.note_checkpoint(counts)
+    report.note_checkpoint(counts, restarted)
     if report.mismatches:
         raise CountsDiffer(f"{len(report.mismatches)} counts are not what was promised")
     if stage.mongo is not None:

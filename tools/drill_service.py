@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -28,7 +29,9 @@ from catchall.tools.drill_process import free_port, start_tied
 from catchall.tools.polling import WITHIN_S, eventually
 
 SMALL = ("--set", "data.reserve=0", "--set", "data.min_free_space=0", "--set", "data.segment_size=64KiB")
+LOG_SHOWN = 4000  # of its end, in an error
 MARKS = {"shard": b"catchall.engine.shard", "front": b"catchall.http.front", "http": b"--multiprocessing-fork"}  # by role
+TRACEBACK = re.compile(r"^Traceback .*\n(?:[ ].*\n)+(.*)|.* \| Traceback .*", re.MULTILINE)
 OURS = ("CATCHALL_", "SERVER_", "MONGODB_", "DELIVERED_")  # environment variables that the service reads
 
 
@@ -40,6 +43,7 @@ class Child(NamedTuple):
     """A process of a running service other than its supervisor."""
 
     pid: int
+    parent: int
     role: str  # shard, front (the HTTP server's parent), http (its workers), or "" for what is none of them
     number: int | None  # of a shard
 
@@ -78,7 +82,7 @@ class Service:
             if self._process is not None:
                 return self
             self.port = free_port()
-        raise ServiceFailed(f"the service does not start:\n{self.log}")
+        raise ServiceFailed(f"the service does not start:\n{self.log[-LOG_SHOWN:]}")
 
     def spawn(self) -> None:
         self._log_from = self._log.stat().st_size if self._log.exists() else 0
@@ -96,7 +100,7 @@ class Service:
             self._process = None
             if code == 1 and "something else listens" in self._log.read_bytes()[self._log_from :].decode(errors="replace"):
                 return True
-            raise ServiceFailed(f"the service ended with exit code {code}:\n{self.log}")
+            raise ServiceFailed(f"the service ended with exit code {code}:\n{self.log[-LOG_SHOWN:]}")
         return self.ready
 
     @property
@@ -117,7 +121,7 @@ class Service:
     @property
     def complete(self) -> bool:
         """Whether the supervisor, every shard, the front and all HTTP workers run; a new one need not be ready yet."""
-        children = self.children()
+        children = self.serving()
         shards = {child.number for child in children if child.role == "shard"}
         fronts, workers = (sum(child.role == role for child in children) for role in ("front", "http"))
         full = len(shards) >= self._asked("--workers") and workers >= self._asked("--http-workers")
@@ -140,9 +144,9 @@ class Service:
         found = process.wait(WITHIN_S)
         self._process = None
         if found != code:
-            raise ServiceFailed(f"the service ended with exit code {found} instead of {code}:\n{self.log}")
+            raise ServiceFailed(f"the service ended with exit code {found} instead of {code}:\n{self.log[-LOG_SHOWN:]}")
         if left := self.children():
-            raise ServiceFailed(f"the service has ended, and left {left}:\n{self.log}")
+            raise ServiceFailed(f"the service has ended, and left {left}:\n{self.log[-LOG_SHOWN:]}")
 
     def restart(self, *flags: str) -> None:
         """Stop, and start with other flags (the same if none are given)."""
@@ -164,6 +168,11 @@ class Service:
     def log(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
+    @property
+    def tracebacks(self) -> list[str]:
+        """How each traceback in the log ends; one that was logged is a line."""
+        return [found.group(found.lastindex or 0) for found in TRACEBACK.finditer(self.log)]
+
     # ---- processes
 
     def _supervisor(self) -> subprocess.Popen[bytes]:
@@ -178,8 +187,15 @@ class Service:
         return [child.pid for child in self.children() if child.role == role and number in (None, child.number)]
 
     def signal(self, what: signal.Signals, role: str, number: int | None = None, which: int = 0) -> int:
-        """Send a signal to a process of a role (the oldest, or `which`), or to that shard; returns its pid. Waits for one."""
-        pids = sorted(eventually(f"a process {role} runs", lambda: self.pids(role, number)))
+        """Send a signal to a process of a role (the oldest, or `which`), or to that shard; returns its pid. Waits for one that
+        is no orphan."""
+
+        def serving() -> list[int]:
+            if role == "supervisor":
+                return self.pids(role)
+            return sorted(child.pid for child in self.serving() if child.role == role and number in (None, child.number))
+
+        pids = eventually(f"a process {role} runs", serving)
         pid = pids[which % len(pids)]
         os.kill(pid, what)
         return pid
@@ -208,6 +224,12 @@ class Service:
             _kill(child.pid)
         return not children
 
+    def serving(self) -> list[Child]:
+        """Those that the supervisor that runs now, or a child of it, has started."""
+        children = self.children()
+        first = {child.pid for child in children if child.parent in self.pids("supervisor")}
+        return [child for child in children if child.pid in first or child.parent in first]
+
     def children(self) -> list[Child]:
         """All living processes but the supervisor, orphans included."""
         mark = f"CATCHALL_RUN={self.data_dir / 'run'}".encode()
@@ -216,7 +238,7 @@ class Service:
             if entry.isdecimal():
                 with contextlib.suppress(OSError):  # it has ended, or is not ours; a zombie's environment is empty
                     if mark in _words(f"/proc/{entry}/environ"):
-                        found.append(_child(int(entry), _words(f"/proc/{entry}/cmdline")))
+                        found.append(_child(int(entry)))
         return found
 
     # ---- clients
@@ -260,9 +282,13 @@ def _words(path: str) -> list[bytes]:
         return file.read().split(b"\0")
 
 
-def _child(pid: int, command: list[bytes]) -> Child:
+def _child(pid: int) -> Child:
+    """Raises OSError."""
+    command = _words(f"/proc/{pid}/cmdline")
     role = next((role for role, mark in MARKS.items() if mark in command), "")
-    return Child(pid, role, int(command[-3]) if role == "shard" else None)
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        parent = int(file.read().rpartition(b") ")[2].split()[1])  # behind the name, which may hold anything, and the state
+    return Child(pid, parent, role, int(command[-3]) if role == "shard" else None)
 
 
 def _kill(pid: int) -> None:
