@@ -177,13 +177,21 @@ def _write_manifest(data_dir: Path, manifest: Manifest, disk: Disk) -> None:
 
 
 def make_partitions(root: Path, partitions: int, disk: Disk = DISK) -> None:
-    """Make the folders of all partitions, durable. Raises OSError."""
+    """Make the folders of all partitions, durable. Raises OSError.
+
+    One that is missing beside others with ledgers was lost: its `lock` is made to say so, as if by a trace that cannot be read.
+    """
+    in_use = any(root.glob("[0-9]*/ledger.db"))
     for partition in range(partitions):
         for folder in (partition_folder(root, partition), queue_folder(root, partition)):
             if folder.exists() and not folder.is_dir():
                 log.error("%s is no folder. It is set aside as %s.corrupt", folder, folder.name)
                 folder.rename(folder.with_name(f"{folder.name}.corrupt"))
+        lost = in_use and not partition_folder(root, partition).exists()
         queue_folder(root, partition).mkdir(parents=True, exist_ok=True, mode=0o750)
+        if lost:
+            log.error("%s is gone: the counts of partition %d begin anew", partition_folder(root, partition), partition)
+            (partition_folder(root, partition) / "lock").write_text("lost\n")
         disk.sync_folder(str(partition_folder(root, partition)))
     disk.sync_folder(str(root))
 

@@ -1,5 +1,6 @@
 """The manifest of a data folder: written once, and made again from the ledgers when it is lost."""
 
+import shutil
 import zlib
 
 import pytest
@@ -82,3 +83,17 @@ def test_files_in_the_place_of_folders_are_set_aside(tmp_path):
 def test_a_reserve_that_cannot_be_opened_is_only_missing(tmp_path):
     (tmp_path / "reserve").mkdir()
     assert not fill_reserve(tmp_path, 4096)
+
+
+def test_a_partition_whose_folder_is_gone_does_not_begin_as_the_component_it_was(tmp_path, caplog):
+    folder_with_ledgers(tmp_path)
+    shutil.rmtree(tmp_path / "01")
+    host = Host(tmp_path, 3)
+    components = []
+    for number in range(3):
+        partition = host.own(number)
+        components.append(partition.ledger.meta.component)
+        partition.close()
+    assert components[0] == components[2] == HOST
+    assert components[1].startswith(f"{HOST}-")
+    assert "01 is gone" in caplog.text
