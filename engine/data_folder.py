@@ -153,6 +153,12 @@ def fill_reserve(root: Path, size: int, disk: Disk = DISK) -> bool:
     return True
 
 
+def free_bytes(root: Path) -> int:
+    """What this process may still write to the file system of the folder. Raises OSError."""
+    room = os.statvfs(root)
+    return room.f_bavail * room.f_frsize
+
+
 def give_up_reserve(root: Path) -> None:
     """Free the ballast, so that a flush can commit on a full disk and free the segments behind it."""
     try:

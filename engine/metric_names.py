@@ -90,9 +90,10 @@ HTTP = (
         "counter",
         "catchall_http_refused_total",
         "Requests refused with 503. backlog: shards are slower than intake or down. no_space: free disk space below "
-        "data.min_free_space. sync: an fdatasync failed, look for a dying disk. shard: a shard did not answer in time.",
+        "data.min_free_space. disk: a segment could not be made. sync: an fdatasync failed or hangs; both: look for a dying "
+        "disk. stopping: the process was about to end. shard: a shard did not answer in time.",
         ("reason",),
-        _labelled("backlog", "no_space", "sync", "shard"),
+        _labelled("backlog", "no_space", "disk", "sync", "stopping", "shard"),
     ),
     Metric("http", "counter", "catchall_queue_appended_bytes_total", "Bytes of event lines published in event queues."),
     Metric("http", "counter", "catchall_queue_segments_made_total", "Segment files made."),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 import time
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import QueueReader
 from catchall.engine.rules import status
 from catchall.storage.counts import Row, unpack
-from catchall.storage.ledger import Ledger, LedgerDamaged, Position, Tallies
+from catchall.storage.ledger import Ledger, LedgerDamaged, LedgerFull, Position, Tallies
 
 log = logging.getLogger("catchall.partition")
 
 COLD_COST = 5  # a name whose base must be read from the ledger counts as so many in memory, for statistics
 CATCH_UP_BYTES = 1 << 20  # drained for a read before it is looked at what is left
-RECENT_ROWS_MAX = 100_000  # rows of past flushes kept for the push; beyond, the push reads the ledger
+# Rows of past flushes kept for the push, over all partitions of a host; beyond, the push reads the ledger. A row takes about
+# 300 bytes, and while MongoDB is away all of them are held.
+RECENT_ROWS_MAX = 200_000
 RECENT_FLUSHES_MAX = 1000
 
 
@@ -64,7 +67,7 @@ class Partition:
         self.flight: Flush | None = None
         # Everything acknowledged before these (unix ns) is in the last commit; in the last cut. 0: not known yet.
         self.cut_at_ns = self._last_cut_ns = 0
-        self.recent = RecentRows() if options.keep_rows else None
+        self.recent = RecentRows(RECENT_ROWS_MAX // options.partitions) if options.keep_rows else None
         self.reader = QueueReader(
             str(queue_folder(options.root, number)),
             partition=number,
@@ -96,22 +99,20 @@ class Partition:
         try:
             if not path.exists():
                 mark.unlink(missing_ok=True)  # it was set aside, and a death came before the end of that
-            elif mark.exists():
-                raise LedgerDamaged(f"{path} is older than the copy in MongoDB: {mark.read_text().strip()}")
-            return self._ledger(path)
+            return self._succeed(path, mark) if mark.exists() else self._ledger(path)
         except LedgerDamaged as damage:
             living = self._set_ledger_aside(path, mark, damage)
             ledger, _ = self._ledger(path)
             ledger.write([], living, [], ledger.meta.tallies)
             return ledger, living
 
-    def _ledger(self, path: Path) -> tuple[Ledger, dict[str, Position]]:
+    def _ledger(self, path: Path, mark: str = "") -> tuple[Ledger, dict[str, Position]]:
         options = self._options
-        former = len(list(self._folder.glob("ledger-*.corrupt")))  # each had a component of its own
+        former = sum(1 for end in ("corrupt", "superseded") for _ in self._folder.glob(f"ledger-*.{end}"))  # each had its own
         ledger = Ledger(
             path,
             host=options.host_id,
-            component=options.host_id if former == 0 else f"{options.host_id}-{former + 1}",
+            component=options.host_id if former == 0 else f"{options.host_id}-{former + 1}{mark}",
             partition=self.number,
             partitions=options.partitions,
             threshold=options.threshold,
@@ -123,6 +124,35 @@ class Partition:
         except BaseException:
             ledger.close()
             raise
+
+    def _succeed(self, path: Path, mark: Path) -> tuple[Ledger, dict[str, Position]]:
+        """Keep a ledger that `supersede` marked, and go on from its positions in a new one: it is whole, so nothing that was
+        acknowledged is counted twice or left out here. The mark names the component that is over, so that a death anywhere
+        leaves all of it to do, or nothing but the mark. Raises LedgerDamaged, LedgerFull.
+        """
+        component, _, why = mark.read_text().partition("\n")
+        ledger, positions = self._ledger(path)
+        if ledger.meta.component != component:
+            mark.unlink()
+            return ledger, positions
+        ledger.close()
+        if path.with_name(f"{path.name}-wal").exists():
+            raise LedgerFull(f"{path}: what its last flushes wrote beside it could not be moved into it")
+        aside = self._folder / f"ledger-{time.time_ns()}.superseded"
+        os.link(path, aside)
+        self.corrupt_ledgers += 1
+        log.error("%s: %s. It is kept as %s; counts of partition %d begin anew beside what MongoDB has",
+                  path, why.strip(), aside.name, self.number)  # fmt: skip
+        fresh = self._folder / "ledger.new"
+        for left_over in self._folder.glob("ledger.new*"):
+            left_over.unlink()
+        ledger, _ = self._ledger(fresh, f"-{secrets.token_hex(4)}")  # the other copy of this folder may be doing the same
+        ledger.write([], positions, [], ledger.meta.tallies)
+        ledger.close()
+        fresh.rename(path)
+        self._options.disk.sync_folder(str(self._folder))
+        mark.unlink()
+        return self._ledger(path)
 
     def _set_ledger_aside(self, path: Path, mark: Path, damage: LedgerDamaged) -> dict[str, Position]:
         """Start anew: the old file, and what was in segments whose positions only it knew, are kept and not counted.
@@ -156,7 +186,7 @@ class Partition:
 
     def supersede(self, why: str) -> None:
         """MongoDB knows a later state of this ledger: have the next opening set it aside. The process must exit now."""
-        (self._folder / "ledger.superseded").write_text(why + "\n")
+        (self._folder / "ledger.superseded").write_text(f"{self.ledger.meta.component}\n{why}\n")
 
     def close(self) -> None:
         self.reader.close()
@@ -292,8 +322,9 @@ class Partition:
 class RecentRows:
     """The rows of the last flushes, for a push that does not want to scan the ledger. Used by two threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows_max: int) -> None:
         self._lock = threading.Lock()
+        self._rows_max = rows_max
         self._flushes: list[tuple[int, list[Row], set[str]]] = []
         self._rows = 0
 
@@ -301,7 +332,7 @@ class RecentRows:
         with self._lock:
             self._flushes.append((number, rows, new_names))
             self._rows += len(rows)
-            while self._rows > RECENT_ROWS_MAX or len(self._flushes) > RECENT_FLUSHES_MAX:
+            while self._rows > self._rows_max or len(self._flushes) > RECENT_FLUSHES_MAX:
                 self._rows -= len(self._flushes.pop(0)[1])
 
     def take(self, after: int) -> tuple[list[Row], set[str], int] | None:

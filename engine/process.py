@@ -55,12 +55,27 @@ def write_runtime(run_folder: Path, content: RuntimeFile) -> None:
         file.write(msgspec.json.encode(content))
 
 
+def read_runtime_file(run_folder: Path) -> RuntimeFile:
+    """Raises OSError, msgspec.MsgspecError."""
+    return msgspec.json.decode((run_folder / "runtime.json").read_bytes(), type=RuntimeFile)
+
+
 def read_runtime(run_folder: Path) -> Runtime:
-    """Raises OSError, msgspec.ValidationError."""
-    content = msgspec.json.decode((run_folder / "runtime.json").read_bytes(), type=RuntimeFile)
+    """Raises OSError, msgspec.MsgspecError."""
+    content = read_runtime_file(run_folder)
     config = content.settings
     page = MetricsPage(run_folder, shards=config.shards.workers, http_places=http_places(config))
     return Runtime(config, content.manifest, bytes.fromhex(content.boot_id), Path(content.root), run_folder, page)
+
+
+def end_on_stop_signals() -> None:
+    """Until there is something to drain, SIGTERM and SIGINT end this process at once, with exit code 0."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
 
 
 def die_with_parent(signal_number: signal.Signals, parent: int) -> None:

@@ -4,6 +4,8 @@ record      all or nothing: first every queue the request needs has room, then t
             without an await. Under `always` they are staged, synced and then published, many requests at a time.
 Making      segments are made in a thread, the next one when the current is half full. One that cannot be made because the
             backlog is too large, or the disk too full, is tried again for `hold` seconds; then the request is refused.
+Hanging     a disk that does not answer holds a request for `write_timeout_s`, then it is refused, and others at once, until the
+            call comes back. Under `always` lines whose sync hangs may count later, and their queue stays out of use till then.
 Syncing     under `interval` one thread syncs the dirty queues every fsync_interval. A queue whose sync failed is abandoned
             and goes on in a new segment.
 """
@@ -11,11 +13,13 @@ Syncing     under `interval` one thread syncs the dirty queues every fsync_inter
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from catchall.engine import metric_names
@@ -38,7 +42,8 @@ RETRY_S = 0.05
 class Refused(Exception):
     """The request was not recorded and can be sent again after `retry_after_s`.
 
-    reason  backlog, no_space or sync, as in the metric catchall_http_refused_total. Only after `sync` may its events count.
+    reason  backlog, no_space, disk, stopping or sync, as in the metric catchall_http_refused_total. Only after `sync` may its
+            events count.
     """
 
     def __init__(self, reason: str, message: str, retry_after_s: int = 2) -> None:
@@ -46,7 +51,17 @@ class Refused(Exception):
         self.reason, self.retry_after_s = reason, retry_after_s
 
 
+@dataclass(slots=True)
+class _Making:
+    """A segment that is being made."""
+
+    task: asyncio.Task[None]
+    since: float = field(default_factory=time.monotonic)
+
+
 class QueueSet:
+    """write_timeout_s  how long a request waits for a call of the disk"""
+
     def __init__(
         self,
         root: Path,
@@ -56,10 +71,12 @@ class QueueSet:
         boot_id: bytes,
         data: Data,
         slot: Slot,
+        write_timeout_s: float = 10.0,
         disk: Disk = DISK,
         now_s: Callable[[], float] = time.time,
     ) -> None:
-        self._root, self._data, self._slot = root, data, slot
+        self._root, self._data, self._slot, self.write_timeout_s = root, data, slot, write_timeout_s
+        self.closed = False
         self._queues = [
             EventQueue(
                 str(queue_folder(root, partition)),
@@ -75,7 +92,7 @@ class QueueSet:
             for partition in range(partitions)
         ]
         self.appenders = [queue.append for queue in self._queues]
-        self._making: dict[int, asyncio.Task[None]] = {}
+        self._making: dict[int, _Making] = {}
         self._maker = ThreadPoolExecutor(2, "make-segment")
         self._syncer = ThreadPoolExecutor(1, "sync-segments")
         self._commit = _GroupCommit(self, self._queues, self._syncer) if data.fsync == "always" else None
@@ -97,7 +114,9 @@ class QueueSet:
         """Seal and sync everything: the last act of this writer."""
         if self._commit is not None:
             await self._commit.drain()
-        await asyncio.gather(*self._making.values(), return_exceptions=True)  # cancelled, they would lose what a thread made
+        self.closed = True
+        making = [one.task for one in self._making.values()]
+        await asyncio.gather(*making, return_exceptions=True)  # cancelled, they would lose what a thread made
         for task in (self._clock, self._syncing):
             if task is not None:
                 task.cancel()
@@ -134,17 +153,26 @@ class QueueSet:
 
     async def _make(self, queue: EventQueue, size: int, deadline: float) -> None:
         while True:
-            task = self._making.get(queue.partition)
-            if task is None:
-                task = self._making[queue.partition] = asyncio.create_task(self._make_one(queue, size))
+            if self.closed:
+                raise stopping()
+            making = self._making.get(queue.partition) or self._begin_making(queue, size)
+            patience = max(0.0, making.since + self.write_timeout_s - time.monotonic())
+            done, _ = await asyncio.wait([making.task], timeout=patience)
+            if not done:
+                raise Refused("disk", f"a new segment in {queue.folder} is not made after {self.write_timeout_s:g} s")
             try:
-                await asyncio.shield(task)
+                making.task.result()
             except Refused:
                 if time.monotonic() + RETRY_S > deadline:
                     raise
                 await asyncio.sleep(RETRY_S)
             if queue.room(size):
                 return
+
+    def _begin_making(self, queue: EventQueue, size: int) -> _Making:
+        making = self._making[queue.partition] = _Making(asyncio.create_task(self._make_one(queue, size)))
+        making.task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever asked may be gone
+        return making
 
     async def _make_one(self, queue: EventQueue, size: int) -> None:
         try:
@@ -174,7 +202,7 @@ class QueueSet:
                 raise Refused("no_space", f"{free} bytes are free, and data.min_free_space is {data.min_free_space}")
             return queue.make(size)
         except OSError as error:
-            reason = "no_space" if error.errno in NO_SPACE else "sync"
+            reason = "no_space" if error.errno in NO_SPACE else "disk"
             raise Refused(reason, f"a new segment in {queue.folder} failed: {error}") from error
 
     def allocated_bytes(self) -> int:
@@ -183,16 +211,14 @@ class QueueSet:
         for queue in self._queues:
             with os.scandir(queue.folder) as entries:
                 for entry in entries:
-                    try:
-                        total += entry.stat().st_size
-                    except FileNotFoundError:
-                        continue  # retired by its reader since
+                    if entry.name.endswith((".seg", ".tmp")):  # what was set aside is nobody's backlog
+                        with contextlib.suppress(FileNotFoundError):  # retired by its reader since
+                            total += entry.stat().st_size
         return total
 
     def _make_ahead(self, queue: EventQueue) -> None:
         if queue.partition not in self._making:
-            task = self._making[queue.partition] = asyncio.create_task(self._make_one(queue, 0))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # refused: an append will ask again
+            self._begin_making(queue, 0)  # refused: an append will ask again
 
     async def _every_second(self) -> None:
         while True:
@@ -206,7 +232,11 @@ class QueueSet:
             await asyncio.sleep(self._data.fsync_interval)
             if not any(queue.untidy for queue in self._queues):
                 continue
-            failed = await loop.run_in_executor(self._syncer, self._sync_all)
+            try:
+                failed = await loop.run_in_executor(self._syncer, self._sync_all)
+            except Exception:  # whatever it was, the next round must come
+                log.exception("a round of syncs failed; the next one is due in %g s", self._data.fsync_interval)
+                continue
             if self._commit is None:  # else the group commit has synced all that was published, and may have staged more
                 for queue in failed:
                     queue.abandon()
@@ -236,6 +266,27 @@ class QueueSet:
         )  # fmt: skip
 
 
+def stopping() -> Refused:
+    return Refused("stopping", "this process is about to end", 1)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A request that waits for its sync."""
+
+    blobs: Mapping[int, bytes]
+    done: asyncio.Future[None]
+    staged: bool = False
+
+    def refuse(self, why: str) -> None:
+        if self.done.done():
+            return
+        if self.staged:
+            self.done.set_exception(Refused("sync", f"{why}: the events may have been recorded and may count"))
+        else:
+            self.done.set_exception(Refused("disk", why))
+
+
 class _GroupCommit:
     """Policy `always`: the requests that wait are staged together, synced together, then published and answered.
 
@@ -244,55 +295,86 @@ class _GroupCommit:
 
     def __init__(self, owner: QueueSet, queues: list[EventQueue], syncer: ThreadPoolExecutor) -> None:
         self._owner, self._queues, self._syncer = owner, queues, syncer
-        self._waiting: list[tuple[Mapping[int, bytes], asyncio.Future[None]]] = []
+        self._waiting: list[_Waiting] = []
         self._task: asyncio.Task[None] | None = None
+        self._sync_since: float | None = None
 
     async def record(self, blobs: Mapping[int, bytes]) -> None:
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        patience = self._owner.write_timeout_s
+        slow = f"a sync has not come back after {patience:g} s"
+        if self._sync_since is not None and time.monotonic() > self._sync_since + patience:
+            raise Refused("disk", slow)
         await self._owner.make_room(blobs)
-        self._waiting.append((blobs, done))
+        if self._owner.closed:
+            raise stopping()
+        entry = _Waiting(blobs, asyncio.get_running_loop().create_future())
+        self._waiting.append(entry)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
-        await done
+        timer = asyncio.get_running_loop().call_later(patience, entry.refuse, slow)
+        try:
+            await entry.done
+        finally:
+            timer.cancel()
+            if entry in self._waiting:  # refused or given up, while a sync hangs
+                self._waiting.remove(entry)
 
     async def drain(self) -> None:
         if self._task is not None:
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._waiting:
-            group, self._waiting = [entry for entry in self._waiting if not entry[1].done()], []
-            touched: set[int] = set()
-            staged = []
-            for blobs, done in group:
-                if all(self._fits(p, len(lines), p in touched) for p, lines in blobs.items()):
-                    for partition, lines in blobs.items():
-                        fitted = self._queues[partition].stage(lines)
-                        assert fitted, "it was just found to fit"
-                    touched.update(blobs)
-                    staged.append((blobs, done))
-                else:
-                    self._waiting.append((blobs, done))
-            if not group:
-                return
-            if not staged:  # others used up the room that the first of them found
-                blobs, done = self._waiting[0]
-                try:
-                    await self._owner.make_room(blobs)
-                except Refused as refused:
-                    del self._waiting[0]
-                    if not done.done():
-                        done.set_exception(refused)
-                continue
-            failed = await loop.run_in_executor(self._syncer, self._sync, touched)
-            for partition in touched:
-                if partition in failed:
-                    self._queues[partition].abandon()
-                else:
-                    self._queues[partition].publish()
-            for blobs, done in staged:
-                self._finish(blobs, done, failed)
+        group: list[_Waiting] = []
+        try:
+            while self._waiting:
+                group, self._waiting = [entry for entry in self._waiting if not entry.done.done()], []
+                await self._commit(group)
+        except Exception as error:  # nobody may be left waiting
+            log.exception("a group commit failed")
+            for queue in self._queues:
+                if queue.staged:
+                    queue.abandon()
+            left, self._waiting = [*group, *self._waiting], []
+            for entry in left:
+                entry.refuse(f"recording failed: {error!r}")
+
+    async def _commit(self, group: list[_Waiting]) -> None:
+        """Stage, sync, publish and answer as many of the group as have room; the rest waits for the next."""
+        touched: set[int] = set()
+        for entry in group:
+            if all(self._fits(p, len(lines), p in touched) for p, lines in entry.blobs.items()):
+                entry.staged = True
+                for partition, lines in entry.blobs.items():
+                    fitted = self._queues[partition].stage(lines)
+                    assert fitted, "it was just found to fit"
+                touched.update(entry.blobs)
+            else:
+                self._waiting.append(entry)
+        if not any(entry.staged for entry in group):
+            if group:  # others used up the room that the first of them found
+                await self._make_room_again(group[0])
+            return
+        self._sync_since = time.monotonic()
+        try:
+            failed = await asyncio.get_running_loop().run_in_executor(self._syncer, self._sync, touched)
+        finally:
+            self._sync_since = None
+        for partition in touched:
+            if partition in failed:
+                self._queues[partition].abandon()
+            else:
+                self._queues[partition].publish()
+        for entry in group:
+            if entry.staged:
+                self._finish(entry, failed)
+
+    async def _make_room_again(self, first: _Waiting) -> None:
+        try:
+            await self._owner.make_room(first.blobs)
+        except Refused as refused:
+            self._waiting.remove(first)
+            if not first.done.done():
+                first.done.set_exception(refused)
 
     def _fits(self, partition: int, size: int, touched: bool) -> bool:
         queue = self._queues[partition]
@@ -310,11 +392,10 @@ class _GroupCommit:
         SYNC_TIME.observe(self._owner._slot.cells, time.monotonic_ns() - started)
         return failed
 
-    def _finish(self, blobs: Mapping[int, bytes], done: asyncio.Future[None], failed: set[int]) -> None:
-        if done.done():
+    def _finish(self, entry: _Waiting, failed: set[int]) -> None:
+        if not failed.isdisjoint(entry.blobs):
+            entry.refuse("an fdatasync failed")
             return
-        if failed.isdisjoint(blobs):
-            done.set_result(None)
-            self._owner._slot.cells[APPENDED_BYTES] += sum(map(len, blobs.values()))
-        else:
-            done.set_exception(Refused("sync", "an fdatasync failed: the events may have been recorded and may count"))
+        self._owner._slot.cells[APPENDED_BYTES] += sum(map(len, entry.blobs.values()))
+        if not entry.done.done():
+            entry.done.set_result(None)

@@ -19,6 +19,7 @@ from catchall.engine.settings_values import MAX_INT, count, mask, seconds, size,
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 HOUR = 3600.0
 SEGMENTS_A_QUEUE = 4  # that data.backlog_max has room for, unless it was given
+SEGMENTS_A_QUEUE_MIN = 2  # an open one and the next; idle queues hold theirs, and with less room others would wait for ever
 
 PathText = Annotated[str, text("a path")]
 Port = Annotated[int, count(1, 65535)]
@@ -179,6 +180,11 @@ def resolve(settings: Settings, cpus: int) -> Settings:
         shards=msgspec.structs.replace(settings.shards, workers=shards),
         data=msgspec.structs.replace(data, backlog_max=backlog_max),
     )
+
+
+def backlog_least(settings: Settings, partitions: int) -> int:
+    """The least data.backlog_max that cannot refuse writes although everything is counted."""
+    return SEGMENTS_A_QUEUE_MIN * settings.server.http_workers * partitions * settings.data.segment_size
 
 
 def masked(settings: Settings) -> Settings:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from catchall.engine.settings import AT_MOST, Settings, resolve
+from catchall.engine.settings import AT_MOST, SEGMENTS_A_QUEUE_MIN, Settings, backlog_least, resolve
 from catchall.engine.settings_values import Kind, format_duration, format_size, kind_of, mask, read
 
 DEFAULT = "default"
@@ -98,6 +98,8 @@ def load(
         if not values.get(name):
             sources[name] += ", from the number of CPUs"
     _check_pairs(settings, sources)
+    _check_backlog(settings, sources["data.backlog_max"])
+    _check_uri(settings, sources["mongodb.uri"])
     return Loaded(settings, sources)
 
 
@@ -212,6 +214,29 @@ def _check_pairs(settings: Settings, sources: Mapping[str, str]) -> None:
             raise SettingsError(sources[high], high, _shown(high, high_value), expected)
         expected = f"at most {high}, which is {as_written(high, high_value)} ({sources[high]}): {why}"
         raise SettingsError(sources[low], low, _shown(low, low_value), expected)
+
+
+def _check_backlog(settings: Settings, source: str) -> None:
+    least = backlog_least(settings, settings.data.partitions)
+    if settings.data.backlog_max < least:
+        queues = f"{settings.server.http_workers} server.http_workers * {settings.data.partitions} data.partitions"
+        expected = (
+            f"at least {format_size(least)}: {SEGMENTS_A_QUEUE_MIN} data.segment_size for each of {queues}; with less, writes "
+            f"could be refused for ever with nothing left to count"
+        )
+        raise SettingsError(source, "data.backlog_max", format_size(settings.data.backlog_max), expected)
+
+
+def _check_uri(settings: Settings, source: str) -> None:
+    """What MongoDB's own library would refuse at the first connection is refused here."""
+    if source == DEFAULT:
+        return
+    from catchall.storage.mongodb import BadMongoURI, check_uri  # only here: that library takes a moment to load
+
+    try:
+        check_uri(settings.mongodb.uri)
+    except BadMongoURI as bad:
+        raise SettingsError(source, "mongodb.uri", settings.mongodb.uri, f"a URI that can work; {bad}") from None
 
 
 def _shown(name: str, value: object) -> object:

@@ -22,19 +22,19 @@ import select
 import signal
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from catchall.engine import logs, metric_names
-from catchall.engine.data_folder import fill_reserve, give_up_reserve
 from catchall.engine.disk import DISK
 from catchall.engine.flush import Flush
 from catchall.engine.folder_watch import FolderWatch
+from catchall.engine.full_disk import RETRY_S, FullDisk
 from catchall.engine.metrics_page import DRAINING, READY
 from catchall.engine.others import Others
 from catchall.engine.partition import Partition, PartitionOptions, lock_partition
 from catchall.engine.process import Runtime, die_with_parent, read_runtime
-from catchall.engine.push import Pusher, options_of
+from catchall.engine.push import Pusher, Superseded, options_of
 from catchall.engine.rules import shard_of
 from catchall.engine.shard_reads import Reads
 from catchall.engine.shard_sockets import Sockets
@@ -45,7 +45,9 @@ log = logging.getLogger("catchall.shard")
 TURN_BYTES = 256 << 10  # drained in one turn, before the sockets are looked at again
 SLEEP_MIN_S, SLEEP_MAX_S, SLEEP_GROWTH = 0.02, 0.05, 1.5
 READS_WAIT_S = 0.002
-FULL_RETRY_S = 1.0
+TICK_S = 1.0  # between two heartbeats, and two looks for dead writers and for room to refill the reserve
+OPEN_RETRY_S = 0.1  # between two tries on a full disk while nothing else is to be done: at the start and at the stop
+FULL_AT_STOP_S = 3.0  # how long a stop tries on a full disk; what is left is in the queues
 
 COUNTED = metric_names.cell("catchall_events_counted_total", "delivered"), metric_names.cell(
     "catchall_events_counted_total", "bounced"
@@ -78,20 +80,19 @@ class Shard:
         self._epoll = select.epoll()
         self._epoll.register(self._wake_r, select.EPOLLIN)
         self._watch = FolderWatch()
+        self._full = FullDisk(runtime.root, self._settings)
         self._partitions = self._recover()
         self._by_number = {partition.number: partition for partition in self._partitions}
         self._sockets = Sockets(runtime.run_folder, number, self._epoll)
         mongodb = self._settings.storage.kind == "mongodb"
-        others = self._make_others() if mongodb else None
+        self._others = self._make_others() if mongodb else None
         self._pusher = self._make_pusher() if mongodb else None
-        self._reads = Reads(self._by_number, runtime.manifest.partitions, others, self._shared_stats)
+        self._reads = Reads(self._by_number, runtime.manifest.partitions, self._others, self._shared_stats)
         self._flusher = ThreadPoolExecutor(1, "flush")
         self._flushing: tuple[Partition, Flush, Future[None]] | None = None
         self._next_flush = time.monotonic() + self._settings.storage.flush_interval
         self._due: list[Partition] = []
-        self._full_until = 0.0
-        self._full = logs.BadState(log)
-        self._gauged = 0.0
+        self._ticked = self._gauged = 0.0
         self._sleep, self._next_round = SLEEP_MIN_S, 0.0
         self._turn = 0
         self._check_writers = True  # even queues in which nothing new is published are to be looked at once
@@ -135,16 +136,14 @@ class Shard:
 
     def _open(self, number: int, options: PartitionOptions, lock: int) -> Partition:
         """Opening a ledger commits, so on a full disk it gives up the reserve, and then waits for room."""
-        full = logs.BadState(log)
         while not self._stopping:
             try:
                 partition = Partition(number, options, lock)
             except LedgerFull as error:
-                full.enter(f"the disk is full, and partition {number} waits for room: {error}", time.monotonic())
-                give_up_reserve(options.root)
-                time.sleep(0.1)
+                self._full.meet(error)
+                time.sleep(OPEN_RETRY_S)
             else:
-                full.leave("there is room again", time.monotonic())
+                self._full.leave()
                 return partition
         raise SystemExit(0)
 
@@ -190,15 +189,15 @@ class Shard:
         self._finish()
 
     def _one_turn(self) -> None:
-        wait = 0.0 if self._reads.again else READS_WAIT_S if self._reads.waiting else SLEEP_MAX_S
-        for fd, event in self._epoll.poll(max(0.0, min(wait, self._next_round - time.monotonic()))):
+        pause = 0.0 if self._reads.again else READS_WAIT_S if self._reads.waiting else SLEEP_MAX_S
+        for fd, event in self._epoll.poll(max(0.0, min(pause, self._next_round - time.monotonic()))):
             if fd == self._wake_r:
                 self._drain_wake_pipe()
             else:
                 self._sockets.handle(fd, event)
         now = time.monotonic()
         if self._flushing is not None and self._flushing[2].done():
-            self._end_flush(now)
+            self._end_flush()
             self._next_round = now
         if requests := self._sockets.requests():
             self._reads.add(requests)
@@ -218,16 +217,24 @@ class Shard:
             self._note_backlog()
         if self._flushing is None:
             self._begin_flush(now)
+        if now - self._ticked >= TICK_S:
+            self._ticked = now
+            self._tick()
         if now - self._gauged >= self._settings.metrics.interval:
             self._gauged = now
-            self._check_writers = True
             self._set_gauges()
-            if self._pusher is not None and self._pusher.superseded is not None:
-                self._supersede(self._pusher.superseded)
         if took >= TURN_BYTES:
             return 0.0
         self._sleep = SLEEP_MIN_S if took else min(SLEEP_MAX_S, self._sleep * SLEEP_GROWTH)
         return self._sleep
+
+    def _tick(self) -> None:
+        self._slot.beat()
+        self._check_writers = True
+        self._full.refill()
+        self._reads.degraded = any(p.reader.corrupt_files + p.corrupt_ledgers + p.ledger.damaged_rows for p in self._partitions)
+        if self._pusher is not None and self._pusher.superseded is not None:
+            self._supersede(self._pusher.superseded)
 
     def _drain_wake_pipe(self) -> None:
         try:
@@ -254,7 +261,7 @@ class Shard:
 
     def _begin_flush(self, now: float) -> None:
         """Submit the next partition that is due: all of them each flush_interval, sooner when many names are pending."""
-        if now < self._full_until:
+        if now < self._full.retry_at:
             return
         if not self._due:
             early = now < self._next_flush
@@ -273,7 +280,7 @@ class Shard:
         future.add_done_callback(lambda _: self._wake())
         self._flushing = partition, flight, future
 
-    def _end_flush(self, now: float) -> None:
+    def _end_flush(self) -> None:
         assert self._flushing is not None
         partition, flight, future = self._flushing
         self._flushing = None
@@ -284,13 +291,9 @@ class Shard:
         cells = self._slot.cells
         if flight.full is not None:
             cells[FLUSH_FAILURES] += 1
-            give_up_reserve(self._runtime.root)
-            self._full.enter(f"the disk is full, counts stay in memory and queues until there is room: {flight.full}", now)
-            self._full_until = now + FULL_RETRY_S
+            self._full.meet(flight.full, OPEN_RETRY_S if self._stopping else RETRY_S)
             return
-        if self._full.lasts:
-            self._full.leave("flushes commit again", now)
-            fill_reserve(self._runtime.root, self._settings.data.reserve)
+        self._full.leave()
         cells[FLUSH_SUCCESS] = time.time_ns()
         cells[FLUSH_ROWS] += len(flight.rows)
         FLUSH_TIME.observe(cells, flight.duration_ns)
@@ -304,11 +307,13 @@ class Shard:
             self._slot.cells[BAD_LINES] += bad
             log.error("partition %d: %d lines in its queues are no events; they were skipped", partition.number, bad)
 
-    def _supersede(self, reason: str) -> None:
+    def _supersede(self, reason: Superseded) -> None:
         log.critical("%s. This data folder is a copy or an old backup: its ledger is set aside and begun anew", reason)
-        for partition in self._partitions:
-            if f"partition {partition.number} " in reason:
-                partition.supersede(reason)
+        try:
+            self._by_number[reason.partition].supersede(str(reason))
+        except OSError as error:
+            log.error("partition %d cannot be marked for that yet: %s", reason.partition, error)  # a full disk: again soon
+            return
         raise SystemExit(1)
 
     def _note_backlog(self) -> None:
@@ -317,7 +322,6 @@ class Shard:
 
     def _set_gauges(self) -> None:
         cells = self._slot.cells
-        self._slot.beat()
         partitions = self._partitions
         self._note_backlog()
         cells[PENDING_NAMES] = sum(partition.pending.names for partition in partitions)
@@ -331,21 +335,22 @@ class Shard:
         if rows > cells[CORRUPT_ROWS]:
             log.error("%d rows of this shard's ledgers were read whose check does not match their counts", rows)
         cells[CORRUPT_ROWS] = rows
-        self._reads.degraded = bool(cells[CORRUPT_FILES] or rows)
 
     # ---- stop
 
     def _finish(self) -> None:
         """Drain and flush until nothing is left that can be flushed; then push what is left, for a bounded time."""
+        self._sockets.close()  # whoever reads asks the next shard
         deadline = time.monotonic() + self._settings.server.shutdown_timeout
         idle = False
         while not idle and time.monotonic() < deadline:
             if self._flushing is not None:
-                if not self._flushing[2].done():
-                    self._epoll.poll(0.05)
-                self._drain_wake_pipe()
+                wait([self._flushing[2]], 0.05)
                 if self._flushing[2].done():
-                    self._end_flush(time.monotonic())
+                    self._end_flush()
+                    if self._full.lasts:
+                        deadline = min(deadline, time.monotonic() + FULL_AT_STOP_S)
+                        time.sleep(OPEN_RETRY_S)
                 continue
             took = 0
             self._watch.poll()
@@ -355,20 +360,24 @@ class Shard:
                 took += partition.drain(64 << 20)
             self._next_flush = 0.0
             self._begin_flush(time.monotonic())
-            idle = self._flushing is None and not took
+            idle = self._flushing is None and not took and not any(partition.due for partition in self._partitions)
+            if self._flushing is None and not idle and not took:
+                time.sleep(SLEEP_MIN_S)  # a full disk is not to be tried again yet
         self._set_gauges()
-        if self._pusher is not None:
-            self._pusher.stop(min(5.0, self._settings.server.shutdown_timeout))
+        patience = min(5.0, self._settings.server.shutdown_timeout)
+        ledgers_free = self._pusher is None or self._pusher.stop(patience)
+        if self._others is not None:
+            self._others.close()
         left = sum(partition.reader.backlog for partition in self._partitions)
         names = sum(partition.pending.names for partition in self._partitions)
         if not idle or left or names:
             log.warning("stopped with %d bytes not read and %d names not flushed; their queues are kept, and the next start "
                         "counts them", left, names)  # fmt: skip
-        self._sockets.close()
         self._flusher.shutdown()
         self._watch.close()
-        for partition in self._partitions:
-            partition.close()
+        if ledgers_free:  # else the end of the process closes them, as a death would
+            for partition in self._partitions:
+                partition.close()
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 Start       lock the data folder, refuse a port in use, read or make the manifest, make folders and the metrics page, start the
             shards and the HTTP front (Granian's parent, which starts the HTTP workers), say when all are ready
-Watch       a child that ends is started again, after a back-off that grows to 5 s while it keeps ending young
+Watch       a child that ends is started again, after a back-off that grows to 5 s while it keeps ending young, or while the
+            kernel has no room to start it
 Stop        SIGTERM or SIGINT: the HTTP front finishes what is in flight and ends; the shards drain, flush and end; exit 0.
             A second one does not wait for requests in flight. What failed or had to be killed makes exit 1; nothing is lost.
 
@@ -26,19 +27,21 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
+
 from catchall.engine import data_folder, metric_names
 from catchall.engine.data_folder import FolderError, Manifest
 from catchall.engine.disk import boot_id
 from catchall.engine.metrics_page import READY, MetricsPage
-from catchall.engine.process import RUN_VARIABLE, RuntimeFile, http_places, write_runtime
-from catchall.engine.settings import Settings
+from catchall.engine.process import RUN_VARIABLE, RuntimeFile, http_places, read_runtime_file, write_runtime
+from catchall.engine.settings import Settings, backlog_least
 
 log = logging.getLogger("catchall.supervisor")
 
 RESTART_PAUSE_MAX_S = 5.0
 LIVED_LONG_S = 10.0  # a child that lived this long is started again at once
 READY_POLL_S = 0.02
-ORPHANS_END_S = 15.0
+ORPHANS_END_S = 5.0  # after the shutdown_timeout of a supervisor that was killed, its HTTP workers are gone
 
 
 @dataclass(slots=True)
@@ -96,9 +99,14 @@ class Supervisor:
 
     def _start(self, child: Child) -> None:
         environment = os.environ | {RUN_VARIABLE: str(data_folder.run_folder(self.data_dir))}
-        child.process = subprocess.Popen(child.command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
-        child.started = time.monotonic()
-        child.pidfd = os.pidfd_open(child.process.pid)
+        try:
+            process = subprocess.Popen(child.command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
+        except OSError as error:  # no memory, no room for another process: a matter of time
+            self._back_off(child, 0.0)
+            log.error("%s could not be started: %s; the next try is in %.1f s", child.name, error, child.pause)
+            return
+        child.process, child.started = process, time.monotonic()
+        child.pidfd = os.pidfd_open(process.pid)
         self._poll.register(child.pidfd, select.POLLIN)
 
     def _wait(self, timeout_s: float | None) -> None:
@@ -123,11 +131,15 @@ class Supervisor:
                 self.failed = True
             return
         lived = time.monotonic() - child.started
-        child.pause = 0.0 if lived >= LIVED_LONG_S else min(RESTART_PAUSE_MAX_S, max(0.1, child.pause * 2))
-        child.start_at = time.monotonic() + child.pause
+        self._back_off(child, lived)
         self.page.slot("supervisor", 0).cells[metric_names.cell("catchall_restarts_total", child.kind)] += 1
         log.error("%s ended %s after %.1f s; it is started again in %.1f s", child.name, ending(process.returncode), lived,
                   child.pause)  # fmt: skip
+
+    @staticmethod
+    def _back_off(child: Child, lived_s: float) -> None:
+        child.pause = 0.0 if lived_s >= LIVED_LONG_S else min(RESTART_PAUSE_MAX_S, max(0.1, child.pause * 2))
+        child.start_at = time.monotonic() + child.pause
 
     def _seconds_to_next_start(self) -> float | None:
         waiting = [child.start_at for child in self.children if not child.alive]
@@ -188,6 +200,16 @@ def ending(returncode: int) -> str:
     return f"by {signal.Signals(-returncode).name}" if returncode < 0 else f"with exit code {returncode}"
 
 
+def seconds_until_orphans_end(run_folder: Path) -> float:
+    """How long the HTTP workers of a supervisor that was killed may hold the port; 0 if none was. Its own settings say so."""
+    if not run_folder.exists():
+        return 0.0
+    try:
+        return read_runtime_file(run_folder).settings.server.shutdown_timeout + ORPHANS_END_S
+    except (OSError, msgspec.MsgspecError):  # it was killed before it had written them, and so before it had workers
+        return ORPHANS_END_S
+
+
 def refuse_port_in_use(host: str, port: int, wait_s: float) -> None:
     """Raises OSError if anything listens there: with SO_REUSEPORT two services would silently share a port.
 
@@ -221,6 +243,11 @@ def prepare(settings: Settings, data_dir: Path) -> tuple[Manifest, MetricsPage]:
             f"{settings.shards.workers} shards were asked for (shards.workers); {data_dir} was made with {manifest.partitions} "
             f"partitions, and each shard needs one"
         )
+    if settings.data.backlog_max < (least := backlog_least(settings, manifest.partitions)):
+        raise FolderError(
+            f"data.backlog_max is {settings.data.backlog_max}, and the {manifest.partitions} partitions of {data_dir} need at "
+            f"least {least}: with less, writes could be refused for ever with nothing left to count"
+        )
     if manifest.partitions != settings.data.partitions:
         log.warning("the data folder was made with %d partitions, and keeps them; data.partitions = %d has no effect",
                     manifest.partitions, settings.data.partitions)  # fmt: skip
@@ -250,8 +277,8 @@ def run(settings: Settings) -> int:
         log.error("%s", error)
         return 1
     try:
-        was_killed = data_folder.run_folder(data_dir).exists()
-        refuse_port_in_use(settings.server.host, settings.server.port, ORPHANS_END_S if was_killed else 0)
+        patience = seconds_until_orphans_end(data_folder.run_folder(data_dir))
+        refuse_port_in_use(settings.server.host, settings.server.port, patience)
         manifest, page = prepare(settings, data_dir)
     except FolderError as error:
         log.error("%s", error)

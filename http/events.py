@@ -31,7 +31,8 @@ RECORDED = {kind: metric_names.request_cell(kind, 200) for kind in SIGNS}
 BULK_REJECTED = metric_names.cell("catchall_bulk_rejected_events_total")
 BODY_BYTES = metric_names.cell("catchall_http_request_body_bytes_total")
 REFUSED = {
-    reason: metric_names.cell("catchall_http_refused_total", reason) for reason in ("backlog", "no_space", "sync", "shard")
+    reason: metric_names.cell("catchall_http_refused_total", reason)
+    for reason in ("backlog", "no_space", "disk", "sync", "stopping", "shard")
 }
 
 

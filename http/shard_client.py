@@ -1,7 +1,8 @@
 """The HTTP worker's end of a shard's socket: asks for counts, statistics and readiness.
 
 All names asked for in one turn of the event loop travel in one frame. While a shard is away its questions wait: they are sent
-again when it is back, which is harmless, since reading changes nothing. A question older than `timeout_s` fails.
+again when it is back, which is harmless, since reading changes nothing. A question older than `timeout_s` fails, and one fails
+at once while a shard that has stopped reading has _OPEN_BYTES_MAX of them before it: nothing piles up here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ log = logging.getLogger("catchall.reads")
 
 _CONNECT_AGAIN_S = 0.05
 _LOOK_AGAIN_S = 0.25
+_OPEN_BYTES_MAX = 8 << 20  # of questions without an answer
 NAMES_PER_FRAME = 10_000
 
 
@@ -30,10 +32,11 @@ class ShardUnavailable(Exception):
 class _Asked:
     """A frame that was sent or waits to be."""
 
-    __slots__ = ("deadline", "fail", "frame", "take")
+    __slots__ = ("deadline", "fail", "frame", "sent", "take")
 
     def __init__(self, frame: bytes, deadline: float, take: Callable[[bytes], None], fail: Callable[[Exception], None]) -> None:
         self.frame, self.deadline, self.take, self.fail = frame, deadline, take, fail
+        self.sent = False
 
 
 class ShardClient(asyncio.Protocol):
@@ -47,6 +50,8 @@ class ShardClient(asyncio.Protocol):
         self._closed = False
         self._inbox = bytearray()
         self._asked: dict[int, _Asked] = {}
+        self._open_bytes = 0  # of their frames
+        self._writable = False
         self._number = 0
         self._names: list[bytes] = []
         self._futures: list[asyncio.Future[tuple[int, int]]] = []
@@ -99,18 +104,40 @@ class ShardClient(asyncio.Protocol):
                 if not future.done():
                     future.set_exception(error)
 
+        if self._open_bytes + len(frame) > _OPEN_BYTES_MAX:
+            fail(ShardUnavailable(f"shard {self._shard} has {self._open_bytes} bytes of questions to answer before this one"))
+            return
+        self._open_bytes += len(frame)
         self._asked[self._number] = _Asked(frame, time.monotonic() + self._timeout_s, take, fail)
-        if self._transport is not None:
-            self._transport.write(frame)
+        self._send()
         if not self._looking:
             self._looking = True
             self._loop.call_later(_LOOK_AGAIN_S, self._look)
+
+    def _send(self) -> None:
+        """Write what was not sent yet, in order, unless the connection is full: then it waits here, and may time out."""
+        if self._transport is None or not self._writable:
+            return
+        unsent: list[bytes] = []
+        for asked in reversed(self._asked.values()):  # the unsent ones are the youngest
+            if asked.sent:
+                break
+            asked.sent = True
+            unsent.append(asked.frame)
+        self._transport.write(b"".join(reversed(unsent)))
+
+    def _forget(self, number: int) -> _Asked | None:
+        asked = self._asked.pop(number, None)
+        if asked is not None:
+            self._open_bytes -= len(asked.frame)
+        return asked
 
     def _look(self) -> None:
         """Fail what waited too long."""
         now = time.monotonic()
         for number in [number for number, asked in self._asked.items() if asked.deadline < now]:
-            self._asked.pop(number).fail(ShardUnavailable(f"shard {self._shard} did not answer within {self._timeout_s:g} s"))
+            if (asked := self._forget(number)) is not None:
+                asked.fail(ShardUnavailable(f"shard {self._shard} did not answer within {self._timeout_s:g} s"))
         self._looking = bool(self._asked)
         if self._looking:
             self._loop.call_later(_LOOK_AGAIN_S, self._look)
@@ -132,8 +159,17 @@ class ShardClient(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is none by inheritance
         self._inbox.clear()
-        if self._asked:
-            self._transport.write(b"".join([asked.frame for asked in self._asked.values()]))
+        self._writable = True
+        for asked in self._asked.values():
+            asked.sent = False
+        self._send()
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._send()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -150,7 +186,7 @@ class ShardClient(asyncio.Protocol):
             end = at + 4 + length
             if len(inbox) < end:
                 break
-            asked = self._asked.pop(number, None)
+            asked = self._forget(number)
             if asked is not None:
                 asked.take(bytes(inbox[at + ANSWER.size : end]))
             at = end

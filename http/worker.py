@@ -17,6 +17,7 @@ from catchall.http.shard_client import ShardClient
 
 BACKLOG = metric_names.cell("catchall_queue_backlog_bytes")
 PAUSE_STEP_S = 0.005
+BEAT_S = 1.0  # between two heartbeats
 SHARD_ALIVE_S = 3.0  # a shard whose heartbeat is older is not waited for
 
 
@@ -45,6 +46,7 @@ class Worker:
             boot_id=runtime.boot_id,
             data=config.data,
             slot=slot,
+            write_timeout_s=config.server.write_timeout,
         )
         queues.start()
         shards = [
@@ -57,7 +59,7 @@ class Worker:
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(self.settings.metrics.interval)
+            await asyncio.sleep(BEAT_S)
             self.slot.beat()
 
     async def pause_for_backlog(self) -> None:

@@ -13,8 +13,11 @@ Source  SQLite: page size 16384 and many rows a statement doubled the rate of fl
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sqlite3
 import struct
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +47,9 @@ _LOAD_MANY = _LOAD.format(",".join("?" * NAMES_PER_LOAD))
 
 # SQLite's primary result codes that say what a failed statement means for the transaction.
 _FULL = sqlite3.SQLITE_FULL
+# SQLite says FULL only where a write met ENOSPC. A quota, or a file that cannot be made or grown, comes as one of these.
+_PERHAPS_FULL = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})
+_PROBE_BYTES = 1 << 20
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 
@@ -247,7 +253,7 @@ class Ledger:
         return number
 
     def _run(self, statement: str, values: Sequence[str | int] = ()) -> None:
-        with self._statement(), _failures_explained(self.path):
+        with self._statement(), _failures_explained(self.path, outcome_known=not self.in_commit):
             self._db.execute(statement, values)
 
     def scan(self, after: int) -> Iterator[list[Row]]:
@@ -272,13 +278,23 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def _failures_explained(path: Path) -> Iterator[None]:
+def _failures_explained(path: Path, outcome_known: bool = True) -> Iterator[None]:
+    """outcome_known  whether a statement that failed has changed nothing for good: not so for a COMMIT, unless it says FULL"""
     try:
         yield
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        if code == _FULL:
+        if code == _FULL or (code in _PERHAPS_FULL and outcome_known and _disk_is_full(path.parent)):
             raise LedgerFull(f"{path}: {error}") from error
         if code in _DAMAGED:
             raise LedgerDamaged(f"{path}: {error}") from error
         raise
+
+
+def _disk_is_full(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            os.posix_fallocate(probe.fileno(), 0, _PROBE_BYTES)
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False

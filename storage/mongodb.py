@@ -7,7 +7,8 @@ Documents    <collection>         {_id: name, delivered: {component: n}, bounced
              domain_status        a view for people: sums, status, times
 
 A *component* is the share of one ledger in every sum: the id of its host in hex, with "-2", "-3" behind it after a
-ledger had to be started anew. It is a field name, so it holds no dot and no dollar.
+ledger had to be started anew, and a few random digits more where a copy of the folder may have done the same. It is a
+field name, so it holds no dot and no dollar.
 
 Invariants   1 each component of a document is written by one ledger and never falls: counts and last times merge with $max,
                first_at with $min
@@ -25,7 +26,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import pymongo
 from bson.datetime_ms import DatetimeMS
@@ -72,6 +73,13 @@ class BadMongoURI(ValueError):
     """The URI can never work. The text says why and holds nothing of its user, password and other secrets."""
 
 
+class Fence(NamedTuple):
+    """flush  None: no push has ended, or there is no fence.    claim  None: there is no fence"""
+
+    flush: int | None
+    claim: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class MongoOptions:
     """Where the copy is and how long to wait for it. All times are seconds."""
@@ -107,12 +115,8 @@ class MongoCopy:
         self._fences = self._database[f"{options.collection}_fences"]
         self._meta = self._database[f"{options.collection}_meta"]
 
-    def claim(self, component: str, partition: int, claim: str) -> int | None:
-        """Write `claim` into the fence and return the `flush` it held.
-
-        None    nothing was ever pushed to this server: no fence, or one whose first push did not end.
-        Raises  MongoError.
-        """
+    def claim(self, component: str, partition: int, claim: str) -> Fence:
+        """Write `claim` into the fence and return what it held. Raises MongoError."""
         key = _fence_key(component, partition)
         change: Document = {"$set": {"claim": claim, "component": component}, "$currentDate": {"seen_at": True}}
         with _asking(f"claim of {key}"):
@@ -120,7 +124,7 @@ class MongoCopy:
                 before = self._fences.find_one_and_update({"_id": key}, change, upsert=True)
             except DuplicateKeyError:  # two made the fence at once: now it is there
                 before = self._fences.find_one_and_update({"_id": key}, change, upsert=True)
-        return None if before is None else before.get("flush")
+        return Fence(None, None) if before is None else Fence(before.get("flush"), before.get("claim"))
 
     def send(self, rows: Sequence[Row], component: str, new_names: Container[str] = frozenset()) -> None:
         """Merge `rows` into the copy; on return all of them are on the disks of a majority.
@@ -170,10 +174,18 @@ class MongoCopy:
                     held[name] = (_without(own, document.get("delivered")), _without(own, document.get("bounced")))
         return held
 
-    def components(self) -> set[str]:
-        """Return every component that ever claimed a fence; when all are the caller's own, it is alone. Raises MongoError."""
-        with _asking("read of the components"):
-            return set(self._fences.distinct("component"))
+    def fences(self) -> dict[tuple[str, int], int]:
+        """Return the `flush` of every fence there is, of all hosts, by (component, partition); 0 where no push has ended.
+
+        One small document for each partition of each host, so this is cheap at any number of domains. Raises MongoError.
+        """
+        found: dict[tuple[str, int], int] = {}
+        with _asking("read of the fences"):
+            for fence in self._fences.find({}, {"flush": True}):
+                component, _, partition = str(fence["_id"]).rpartition("/")
+                if partition.isdecimal():
+                    found[component, int(partition)] = fence.get("flush", 0)
+        return found
 
     def ensure_view(self, threshold: int) -> None:
         """Make the view `domain_status`, or move it to `threshold`.
@@ -313,6 +325,11 @@ def _asking(what: str, refused: type[MongoRefused] = MongoRefused) -> Iterator[N
         raise refused(f"{what}: code {details.get('code')} {kind}: {_cut(details.get('errmsg'))}") from None
     except (BSONError, OverflowError, UnicodeError) as failure:
         raise refused(f"{what}: a value that BSON cannot hold: {type(failure).__name__}: {_cut(failure)}") from None
+
+
+def check_uri(uri: str) -> None:
+    """Raises BadMongoURI for one that can never work. Connects to nothing."""
+    _client(MongoOptions(uri=uri)).close()
 
 
 def _client(options: MongoOptions) -> MongoClient[Document]:

@@ -129,12 +129,13 @@ def test_more_names_than_one_find_takes_are_all_answered(copy: MongoCopy) -> Non
 
 
 def test_a_host_can_tell_that_it_is_alone(copy: MongoCopy) -> None:
-    assert copy.components() == set()
+    assert copy.fences() == {}
     copy.claim(HERE, 0, "x")
     copy.claim(HERE, 1, "x")
-    assert copy.components() == {HERE}
+    assert copy.fences() == {(HERE, 0): 0, (HERE, 1): 0}
     copy.claim(THERE, 0, "y")
-    assert copy.components() == {HERE, THERE}
+    assert copy.advance(THERE, 0, "y", 7)
+    assert copy.fences() == {(HERE, 0): 0, (HERE, 1): 0, (THERE, 0): 7}
 
 
 # --- fences ---
@@ -145,16 +146,16 @@ def test_a_claim_takes_the_fence_from_the_claimer_before(copy: MongoCopy) -> Non
     copy.claim(HERE, 3, "second")
     assert not copy.advance(HERE, 3, "first", 9)
     assert copy.advance(HERE, 3, "second", 7)
-    assert copy.claim(HERE, 3, "third") == 7
+    assert copy.claim(HERE, 3, "third") == (7, "second")
 
 
 def test_the_flush_of_a_fence_outlives_claims_and_never_falls(copy: MongoCopy) -> None:
-    assert copy.claim(HERE, 0, "x") is None
-    assert copy.claim(HERE, 0, "x") is None, "claimed, but nothing was pushed"
+    assert copy.claim(HERE, 0, "x").flush is None
+    assert copy.claim(HERE, 0, "x").flush is None, "claimed, but nothing was pushed"
     assert copy.advance(HERE, 0, "x", 12)
     assert copy.advance(HERE, 0, "x", 12), "the same again is no fault"
     assert copy.advance(HERE, 0, "x", 11)
-    assert copy.claim(HERE, 0, "y") == 12
+    assert copy.claim(HERE, 0, "y").flush == 12
 
 
 def test_partitions_and_components_have_fences_of_their_own(copy: MongoCopy, database: Any) -> None:
@@ -167,7 +168,7 @@ def test_partitions_and_components_have_fences_of_their_own(copy: MongoCopy, dat
 
 def test_no_claim_no_advance(copy: MongoCopy) -> None:
     assert not copy.advance(HERE, 0, "x", 1)
-    assert copy.components() == set()
+    assert copy.fences() == {}
 
 
 @pytest.mark.parametrize("component", ["", "a.b", "$a", "a\0"])
@@ -297,7 +298,7 @@ def test_a_scan_never_outlasts_the_lease(mongo: Mongo, copy: MongoCopy) -> None:
 def test_a_server_without_snapshots_does_everything(own_standalone: Mongo, connect_copy: Connect) -> None:
     copy = connect_copy(own_standalone.uri)
     copy.ensure_view(10)
-    assert copy.claim(HERE, 0, "x") is None
+    assert copy.claim(HERE, 0, "x").flush is None
     five_domains(copy)
     assert copy.advance(HERE, 0, "x", 1)
     assert totals(copy, "all1.com") == {"all1.com": (11, 0)}

@@ -39,7 +39,7 @@ EVERY_CALL: dict[str, Callable[[MongoCopy], object]] = {
     "insert": lambda copy: copy.send([row("a.com", 1, 0)], HERE, {"a.com"}),
     "advance": lambda copy: copy.advance(HERE, 0, "x", 1),
     "others": lambda copy: copy.others(["a.com"], lambda _: HERE),
-    "components": lambda copy: copy.components(),
+    "fences": lambda copy: copy.fences(),
     "ensure_view": lambda copy: copy.ensure_view(10),
     "refresh_stats": lambda copy: copy.refresh_stats(10, NOW, "here", 60),
     "stored_stats": lambda copy: copy.stored_stats(10),
@@ -144,7 +144,7 @@ def test_what_was_acknowledged_outlives_a_killed_server(own_mongo: Mongo, connec
     own_mongo.start()
     found = eventually("a read after the restart", lambda: totals(copy, *names), errors=(MongoUnavailable,))
     assert found == dict.fromkeys(names, (1, 1))
-    assert copy.claim(HERE, 0, "y") == 5
+    assert copy.claim(HERE, 0, "y").flush == 5
 
 
 def test_closing_does_not_wait_for_a_server_that_is_away(own_mongo: Mongo, connect_copy: Connect) -> None:
@@ -179,7 +179,7 @@ def test_a_push_goes_on_at_the_next_primary(tmp_path: Path, connect_copy: Connec
 
         eventually("a push after the fail-over", sent, errors=(MongoUnavailable,))
         assert totals(copy, "a.com") == {"a.com": (2, 0)}
-        assert copy.claim(HERE, 0, "y") == 1
+        assert copy.claim(HERE, 0, "y").flush == 1
 
 
 def test_rows_that_reach_no_majority_are_not_saved(tmp_path: Path, connect_copy: Connect) -> None:
@@ -228,7 +228,7 @@ def test_options_show_no_password() -> None:
 def test_what_the_uri_says_about_durability_is_overruled(mongo: Mongo, connect_copy: Connect) -> None:
     copy = connect_copy(f"{mongo.uri}&w=0&journal=false&retryWrites=true&readPreference=secondary&readConcernLevel=local")
     copy.send([row("a.com", 1, 0)], HERE)
-    assert copy.claim(HERE, 0, "x") is None
+    assert copy.claim(HERE, 0, "x").flush is None
     assert copy.advance(HERE, 0, "x", 1)
     assert totals(copy, "a.com") == {"a.com": (1, 0)}
 

@@ -32,7 +32,9 @@ POLICIES = ["interval", "always", "never"]
 
 
 @contextlib.asynccontextmanager
-async def queues(root: Path, disk: Disk = DISK, **data: Any) -> AsyncIterator[QueueSet]:
+async def queues(
+    root: Path, disk: Disk = DISK, write_timeout_s: float = PATIENCE_S, **data: Any
+) -> AsyncIterator[QueueSet]:
     """A running set of queues; closed at the end."""
     make_partitions(root, PARTITIONS)
     root.joinpath("run").mkdir(exist_ok=True)
@@ -49,6 +51,7 @@ async def queues(root: Path, disk: Disk = DISK, **data: Any) -> AsyncIterator[Qu
         data=Data(**options | data),
         slot=page.slot("http", 0),
         disk=disk,
+        write_timeout_s=write_timeout_s,
         now_s=lambda: NOW,
     )
     made.start()
@@ -106,6 +109,11 @@ async def until(happened: Callable[[], bool]) -> None:
     while not happened():
         assert time.monotonic() < deadline
         await asyncio.sleep(0)
+
+
+def reason_of(answer: object) -> str:
+    assert isinstance(answer, Refused), answer
+    return answer.reason
 
 
 def cell(made: QueueSet, index: int) -> int:
@@ -359,6 +367,125 @@ def test_a_failed_group_commit_tells_those_it_held_and_no_one_else(tmp_path, rea
     asyncio.run(main())
     assert readers.counts() == expected(2)
     assert readers.all_finished
+
+
+def test_a_sync_that_hangs_holds_a_request_for_its_time_out_and_later_ones_not_at_all(tmp_path, readers):
+    gate = Gate()
+
+    async def main() -> None:
+        async with queues(tmp_path, disk_of(fdatasync=gate), fsync="always", write_timeout_s=0.05) as made:
+            answers = asyncio.gather(*(made.record(BLOBS) for _ in range(3)), return_exceptions=True)
+            await until(lambda: gate.calls == 1)
+            behind = asyncio.create_task(made.record(BLOBS))  # not even staged
+            assert {reason_of(answer) for answer in await answers} == {"sync"}
+            with pytest.raises(Refused, match="has not come back") as refused:
+                await behind
+            assert refused.value.reason == "disk"
+            with pytest.raises(Refused) as at_once:
+                await made.record(BLOBS)
+            assert at_once.value.reason == "disk"
+            assert made._commit is not None
+            assert not made._commit._waiting, "nothing piles up behind it"
+            assert readers.counts() == {}
+            gate.open.set()
+            await until(lambda: made._commit is not None and made._commit._sync_since is None)
+            await made.record(BLOBS)
+
+    asyncio.run(main())
+    assert readers.counts() == expected(4), "those that were told so did count"
+    assert readers.all_finished
+
+
+@pytest.mark.parametrize("fsync", POLICIES)
+def test_a_segment_that_is_never_made_holds_a_request_for_its_time_out_only(tmp_path, readers, fsync):
+    go = threading.Event()
+
+    def hanging(*args: Any) -> None:
+        assert go.wait(PATIENCE_S)
+        os.posix_fallocate(*args)
+
+    async def main() -> None:
+        async with queues(tmp_path, disk_of(allocate=hanging), fsync=fsync, write_timeout_s=0.05) as made:
+            answers = await asyncio.gather(*(made.record(BLOBS) for _ in range(5)), return_exceptions=True)
+            assert {reason_of(answer) for answer in answers} == {"disk"}
+            go.set()
+            await until(lambda: not made._making)
+            await made.record(BLOBS)
+
+    asyncio.run(main())
+    assert readers.counts() == expected(1)
+    assert readers.all_finished
+
+
+@pytest.mark.parametrize("where", ["sync_staged", "publish", "stage"])
+def test_an_error_nobody_thought_of_leaves_no_request_of_a_group_without_an_answer(tmp_path, readers, monkeypatch, where):
+    async def main() -> None:
+        async with queues(tmp_path, fsync="always") as made:
+            await made.record(BLOBS)
+            with monkeypatch.context() as patch:
+                patch.setattr(queue_set.EventQueue, where, lambda *_: 1 / 0)
+                answers = await asyncio.gather(*(made.record(BLOBS) for _ in range(10)), return_exceptions=True)
+            assert {type(answer) for answer in answers} == {Refused}
+            assert "sync" in {reason_of(answer) for answer in answers}
+            assert {reason_of(answer) for answer in answers} <= {"sync", "disk"}
+            await made.record(BLOBS)
+
+    asyncio.run(main())
+    assert readers.counts() == expected(2)
+    assert readers.all_finished
+
+
+def test_an_error_nobody_thought_of_ends_no_syncing(tmp_path, monkeypatch):
+    async def main() -> None:
+        async with queues(tmp_path) as made:
+            with monkeypatch.context() as patch:
+                broken = counting(lambda _: 1 / 0)
+                patch.setattr(queue_set.EventQueue, "sync", lambda queue: broken(queue))
+                await made.record(BLOBS)
+                await until(lambda: broken.uses > 1)
+            await until(lambda: not any(queue.untidy for queue in made._queues))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("error", "reason"), [(errno.EIO, "disk"), (errno.ENOSPC, "no_space"), (errno.EDQUOT, "no_space")])
+def test_a_segment_that_cannot_be_made_is_refused_with_what_the_disk_said(tmp_path, readers, error, reason):
+    async def main() -> None:
+        async with queues(tmp_path, disk_of(allocate=failing(os.posix_fallocate, on=1, error=error))) as made:
+            with pytest.raises(Refused) as refused:
+                await made.record({0: b"+a.example\n"})
+            assert refused.value.reason == reason
+
+    asyncio.run(main())
+    assert readers.counts() == {}
+
+
+@pytest.mark.parametrize("fsync", POLICIES)
+def test_a_request_that_is_held_when_the_queues_close_is_refused(tmp_path, readers, fsync):
+    async def main() -> None:
+        async with queues(tmp_path, fsync=fsync, min_free_space=1 << 62, hold=PATIENCE_S) as made:
+            held = [asyncio.create_task(made.record(BLOBS)) for _ in range(3)]
+            await until(lambda: made._refusing.lasts)
+            await made.close()
+            assert {reason_of(answer) for answer in await asyncio.gather(*held, return_exceptions=True)} == {"stopping"}
+            with pytest.raises(Refused):
+                await made.record(BLOBS)
+
+    asyncio.run(main())
+    assert readers.counts() == {}
+
+
+def test_files_that_were_set_aside_are_no_backlog(tmp_path):
+    async def main() -> None:
+        async with queues(tmp_path) as made:
+            await made.record({0: b"+a.example\n"})
+            held = made.allocated_bytes()
+            (queue_folder(tmp_path, 1) / "0123456789abcdef.corrupt").write_bytes(bytes(1 << 20))
+            assert made.allocated_bytes() == held >= SEGMENT
+            (queue_folder(tmp_path, 1) / "0123456789abcdef.tmp").write_bytes(bytes(100))
+            assert made.allocated_bytes() == held + 100
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("fsync", POLICIES)

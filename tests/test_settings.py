@@ -201,6 +201,25 @@ def test_where_the_lower_of_two_is_the_default_whoever_set_the_higher_is_told() 
     )
 
 
+def test_a_backlog_that_could_refuse_for_ever_with_nothing_to_count_is_refused() -> None:
+    sizes = flag("server.http_workers", 2), flag("data.partitions", 4), flag("data.segment_size", "1MiB")
+    told = refused(*sizes, flag("data.backlog_max", "15MiB"))
+    assert "data.backlog_max = '15MiB', expected at least 16MiB" in told
+    assert "2 server.http_workers * 4 data.partitions" in told
+    loaded(*sizes, flag("data.backlog_max", "16MiB"))
+
+
+@pytest.mark.parametrize(
+    "uri", ["mongodb://user:hunter2@h:port/", "mongodb://user:hunter2@h/?nosuchoption=1", "mongodb://user:hun/ter2@h"]
+)
+def test_a_uri_that_can_never_work_is_refused_without_its_password(uri: str) -> None:
+    told = refused(flag("mongodb.uri", uri))
+    assert "mongodb.uri" in told
+    assert "a URI that can work" in told
+    assert "hun" not in told
+    assert "ter2" not in told
+
+
 def test_the_defaults_keep_every_rule_between_two_settings() -> None:
     settings = loaded().settings
     assert all(value_of(settings, low) <= value_of(settings, high) for low, high, _ in AT_MOST)

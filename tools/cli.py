@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from catchall.engine import logs
+from catchall.engine.process import end_on_stop_signals
 from catchall.engine.settings import Settings
 from catchall.engine.settings_sources import KINDS, Given, Loaded, SettingsError, as_written, load, value_of
 from catchall.engine.settings_values import mask
@@ -103,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     """Start the service and stay until it ends."""
+    end_on_stop_signals()
     settings = _load(args).settings
     logs.setup("supervisor", settings.log)
     if args.processor is not None:
