@@ -1,8 +1,8 @@
 """What other hosts counted, for reads under storage `mongodb`: asked of MongoDB in batches, kept for the cache's time to live.
 
 A domain with a bounce is not-catch-all for good, but its counts still grow, so it is asked for like any other. While MongoDB
-is away, what was last known is served at once, and one question a second finds out whether it is back: this host's own counts
-do not depend on it, and a read waits for it at most ANSWER_S.
+is away, what was last known is served at once, and one question a second, for which no read waits, finds out if it is back:
+this host's own counts do not depend on it. A read waits at most ANSWER_S, and only for a server that was there until then.
 
 One question is asked at a time. Names that are wanted meanwhile go into the next one together, so a slow server makes questions
 larger and never a longer queue of them.
@@ -51,16 +51,18 @@ class Others:
         self._busy = False
         self._away = BadState(log)
 
-    def get(self, name: str) -> int | None:
-        """The packed counts, if they are known and still good, or MongoDB is away; None: ask."""
+    def get(self, name: str, own: str) -> int | None:
+        """The packed counts, if they are known and still good, or MongoDB is away; None: ask. `own` is the own component."""
         entry = self._young.get(name) or self._old.get(name)
         now = time.monotonic()
         if entry is not None and entry[0] >= now:
             return entry[1]
-        if self._away.lasts and now < self._probed + RETRY_S:
-            return 0 if entry is None else entry[1]
-        self._probed = now
-        return None
+        if not self._away.lasts:
+            return None
+        if now >= self._probed + RETRY_S:
+            self._probed = now
+            self.ask({name: own})
+        return 0 if entry is None else entry[1]
 
     def ask(self, names: Mapping[str, str]) -> dict[str, int]:
         """Start to ask for {name: own component}; the result is filled before `answered` is called."""

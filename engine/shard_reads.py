@@ -175,10 +175,11 @@ class Reads:
         unknown = {}
         for i, (name, number) in enumerate(zip(question.names, question.numbers, strict=True)):
             packed = asked.get(name)
+            own = self._partitions[number].ledger.meta.component
             if packed is None:
-                packed = self._others.get(name)
+                packed = self._others.get(name, own)
             if packed is None:
-                unknown[name] = self._partitions[number].ledger.meta.component
+                unknown[name] = own
             else:
                 counts[i] += packed
         if unknown:

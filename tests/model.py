@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 from faults import Died, flush, ledger_counts, settle
 from model_host import NAMES, PARTITIONS, Event, Key, Machine, Shard, Writer, by_key
-from mongo_stand_in import MemoryCopy, MemoryServer
+from mongo_stand_in import MemoryCopy, MemoryServer, push
 
 from catchall.engine.partition import Partition
-from catchall.engine.push import push
 from catchall.storage.mongodb import MongoUnavailable
 
 
@@ -184,7 +183,7 @@ class World:
 
         def once() -> None:
             try:
-                _, held = push(partition, MemoryCopy(self.server, at), p in shard.from_zero)  # type: ignore[arg-type]
+                _, held = push(partition, MemoryCopy(self.server, at), p in shard.from_zero)
             except MongoUnavailable:
                 return
             (shard.from_zero.discard if held else shard.from_zero.add)(p)

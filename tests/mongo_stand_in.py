@@ -12,8 +12,10 @@ import copy
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
+from catchall.engine import push as engine
+from catchall.engine.partition import Partition
 from catchall.storage.counts import Row
-from catchall.storage.mongodb import PushFailed
+from catchall.storage.mongodb import Fence, PushFailed
 
 POINTS = ("claim", "claimed", "send", "half sent", "sent", "advance", "advanced")
 
@@ -69,11 +71,11 @@ class MemoryCopy:
     def __init__(self, server: MemoryServer, at: Callable[[str], None] = nothing) -> None:
         self.server, self._at = server, at
 
-    def claim(self, component: str, partition: int, claim: str) -> int | None:
+    def claim(self, component: str, partition: int, claim: str) -> Fence:
         self._at("claim")
         fence = self.server.fences.setdefault(f"{component}/{partition:02d}", {})
+        before = Fence(fence.get("flush"), fence.get("claim"))
         fence |= {"component": component, "claim": claim}
-        before = fence.get("flush")
         self._at("claimed")
         return before
 
@@ -107,3 +109,9 @@ class MemoryCopy:
                 delivered, bounced = (sum(n for component, n in share.items() if component != own) for share in shares)
                 held[name] = (delivered, bounced)
         return held
+
+
+def push(partition: Partition, copy: MemoryCopy, from_zero: bool = False) -> tuple[int, bool]:
+    """One push, as the push thread of the process that opened this partition makes it."""
+    claimed: set[int] = partition.__dict__.setdefault("claimed_by_test", set())
+    return engine.push(partition, copy, f"{id(partition):016x}", claimed, from_zero)  # type: ignore[arg-type]

@@ -19,16 +19,18 @@ import test_power_cuts
 import test_push_deaths
 import test_recovery
 from hypothesis.stateful import run_state_machine_as_test
+from mongo_stand_in import push
 
 from catchall.engine import event_queue
 from catchall.engine.disk import Disk, try_lock
 from catchall.engine.event_queue import EventQueue, OpenSegment
 from catchall.engine.flush import Flush
 from catchall.engine.partition import Partition
-from catchall.engine.push import Superseded, push
+from catchall.engine.push import Superseded
 from catchall.engine.queue_reader import QueueReader
 from catchall.engine.segment import PUBLISHED, SEALED
 from catchall.storage.ledger import Ledger
+from catchall.storage.mongodb import Fence
 
 FOUND = (AssertionError, Superseded)
 
@@ -297,7 +299,7 @@ class ClaimedLate(_Wrong):
 
     def __init__(self, *rest: Any) -> None:
         super().__init__(*rest)
-        self.claim = lambda component, p, _: self.copy.server.fences.get(f"{component}/{p:02d}", {}).get("flush")
+        self.claim = lambda component, p, _: Fence(self.copy.server.fences.get(f"{component}/{p:02d}", {}).get("flush"), None)
         self.advance = self._advance
 
     def _advance(self, component: str, p: int, claim: str, flush: int) -> bool:

@@ -83,12 +83,12 @@ def totals(copy: Copy, *names: str) -> dict[str, tuple[int, int]]:
 
 def test_a_first_claim_finds_no_flush_and_a_later_one_finds_what_was_advanced_to(both):
     _, copy = both
-    assert copy.claim(HERE, 3, "x") is None
-    assert copy.claim(HERE, 3, "y") is None
+    assert copy.claim(HERE, 3, "x") == (None, None)
+    assert copy.claim(HERE, 3, "y") == (None, "x")
     assert copy.advance(HERE, 3, "y", 7)
-    assert copy.claim(HERE, 3, "z") == 7
-    assert copy.claim(HERE, 4, "z") is None, "each partition has a fence of its own"
-    assert copy.claim(THERE, 3, "z") is None
+    assert copy.claim(HERE, 3, "z") == (7, "y")
+    assert copy.claim(HERE, 4, "z") == (None, None), "each partition has a fence of its own"
+    assert copy.claim(THERE, 3, "z") == (None, None)
 
 
 def test_only_the_latest_claim_moves_a_fence_and_never_back(both):
@@ -99,7 +99,7 @@ def test_only_the_latest_claim_moves_a_fence_and_never_back(both):
     assert not copy.advance(HERE, 0, "x", 5)
     assert copy.advance(HERE, 0, "y", 4)
     assert copy.advance(HERE, 0, "y", 2)
-    assert copy.claim(HERE, 0, "z") == 4
+    assert copy.claim(HERE, 0, "z") == (4, "y")
 
 
 @pytest.mark.parametrize("new_names", [frozenset(), frozenset({"a.com"})], ids=["known", "thought new"])

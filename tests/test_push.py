@@ -359,6 +359,30 @@ def test_names_asked_for_while_a_question_is_under_way_travel_together_in_the_ne
     assert slow.closed
 
 
+def test_while_mongodb_is_away_no_read_waits_for_the_question_whether_it_is_back(
+    slow: SlowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(others, "RETRY_S", 0.0)
+    answered = threading.Semaphore(0)
+    asking = Others(MongoOptions(uri="mongodb://h"), ttl_s=0.0, names_max=10, answered=answered.release)
+    slow.go.release()
+    asking.ask({"a.example": HOST})
+    assert answered.acquire(timeout=PATIENCE_S)
+    slow.error = MongoUnavailable("away")
+    slow.go.release()
+    assert asking.get("a.example", HOST) is None, "it was there until then"
+    asking.ask({"a.example": HOST})
+    assert answered.acquire(timeout=PATIENCE_S)
+    assert asking.get("a.example", HOST) == len("a.example"), "what was last known"
+    assert asking.get("b.example", HOST) == 0
+    until("the question is under way", lambda: len(slow.questions) == 3)
+    slow.error = None
+    slow.go.release(2)
+    until("it is back", lambda: not asking._away.lasts)
+    assert asking.get("a.example", HOST) is None
+    asking.close()
+
+
 @pytest.mark.parametrize("error", [MongoUnavailable("away"), BadMongoURI("never")], ids=["away", "bad URI"])
 def test_who_waits_for_other_hosts_gets_an_answer_whatever_mongodb_does(slow: SlowServer, error: Exception) -> None:
     answered = threading.Semaphore(0)

@@ -10,12 +10,12 @@ from contextlib import suppress
 
 import pytest
 from faults import HOST, Died, Host, Steps, append, flush, leave_for_dead, ledger_counts, settle
-from mongo_stand_in import MemoryCopy, MemoryServer
+from mongo_stand_in import MemoryCopy, MemoryServer, push
 from power import Power
 
 from catchall.engine.event_queue import EventQueue
 from catchall.engine.partition import Partition
-from catchall.engine.push import Superseded, push
+from catchall.engine.push import Superseded
 from catchall.storage.mongodb import MongoError, MongoUnavailable
 
 NAMES = [f"n{i}.example" for i in range(5)]

@@ -183,7 +183,7 @@ def growth(samples: list[Sample]) -> dict[str, tuple[int, int]]:
     half = samples[-1].sent / 2
     halves = [s for s in samples if s.sent <= half], [s for s in samples if s.sent > half]
     values = {"memory": lambda s: sum(s.memory.values()), "disk": lambda s: s.queues + s.ledgers}
-    return {what: (max(map(of, halves[0])), max(map(of, halves[1]))) for what, of in values.items()}
+    return {what: (max(map(of, halves[0]), default=0), max(map(of, halves[1]), default=0)) for what, of in values.items()}
 
 
 # ---- MongoDB
