@@ -171,8 +171,10 @@ class Service:
 
     @property
     def tracebacks(self) -> list[str]:
-        """How each traceback in the log ends; one that was logged is a line."""
-        return [found.group(found.lastindex or 0) for found in TRACEBACK.finditer(self.log)]
+        """How each traceback in the log ends; one that was logged is a line. Without those of a process whose parent was
+        killed while it handed over what to run: the standard library has no other way to say so."""
+        found = [found for found in TRACEBACK.finditer(self.log) if " in spawn_main\n" not in found.group()]
+        return [traceback.group(traceback.lastindex or 0) for traceback in found]
 
     # ---- processes
 
