@@ -12,6 +12,7 @@ from catchall.tools import crash_drill
 from catchall.tools.drill_faults import nothing
 from catchall.tools.drill_plan import Kind, Params, Setup, make_plan
 from catchall.tools.drill_record import ACKNOWLEDGED, AMBIGUOUS, REFUSED, Mismatch, Record, verdict
+from catchall.tools.drill_service import Service
 from catchall.tools.drill_stage import Stage
 
 VERDICT = re.compile(r"lost=(\d+) doubled=(\d+) ambiguous=(\d+)\n")
@@ -175,6 +176,14 @@ def test_a_traceback_in_the_log_is_a_failure_even_if_every_count_is_right(capsys
     said = capsys.readouterr()
     assert "the service has logged a traceback: KeyError: 1" in said.err
     assert VERDICT.fullmatch(said.out)
+
+
+def test_tracebacks_of_the_service_are_told_from_those_of_a_child_that_lost_its_parent_at_birth(tmp_path: Path) -> None:
+    born = 'Traceback (most recent call last):\n  File "s.py", line 1, in spawn_main\n    x\nEOFError: Ran out of input\n'
+    ours = 'Traceback (most recent call last):\n  File "x.py", line 1, in x\n    y\nKeyError: 1\n'
+    logged = "2026-01-01T00:00:00Z error http it failed | Traceback (most recent call last): | KeyError: 2\n"
+    (tmp_path / "log").write_text("a line\n" + born + ours + logged + born)
+    assert Service(tmp_path).tracebacks == ["KeyError: 1", logged.rstrip()]
 
 
 @pytest.mark.parametrize(

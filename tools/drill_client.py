@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from catchall.tools.polling import eventually
 
 NDJSON = {"content-type": "application/x-ndjson"}
+LOOPBACK = "127.0.0.1"
 KINDS = ("delivered", "bounced")
 
 
@@ -34,8 +35,8 @@ class Client:
     Raises  NotSent; OSError when the connection broke before the answer was complete: the request is then ambiguous.
     """
 
-    def __init__(self, port: int, timeout_s: float = 30.0) -> None:
-        self.port, self._timeout_s = port, timeout_s
+    def __init__(self, port: int, timeout_s: float = 30.0, host: str = LOOPBACK) -> None:
+        self.host, self.port, self._timeout_s = host, port, timeout_s
         self._socket: socket.socket | None = None
         self._inbox = b""
 
@@ -54,7 +55,7 @@ class Client:
         """Put bytes on the connection as they are."""
         if self._socket is None:
             try:
-                self._socket = socket.create_connection(("127.0.0.1", self.port), timeout=self._timeout_s)
+                self._socket = socket.create_connection((self.host, self.port), timeout=self._timeout_s)
             except OSError as error:
                 raise NotSent(str(error)) from error
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

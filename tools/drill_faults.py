@@ -168,7 +168,7 @@ def second_instance(stage: Stage, params: Params) -> None:
     service, same, log = stage.service, str(params["same"]), stage.folder / "second.log"
     where = (free_port(), service.data_dir) if same == "folder" else (service.port, stage.folder / "second")
     with log.open("wb") as output:
-        process = start_tied(serve_command(*where, *service.flags), output, clean_environment())
+        process = start_tied(serve_command(*where, *service.flags, host=service.host), output, clean_environment())
     try:
         code: int | None = process.wait(WITHIN_S)
     except subprocess.TimeoutExpired:

@@ -168,7 +168,8 @@ class Load:
     def _send(self, client: Client, request: _Request) -> str:
         try:
             answer = client.request(*request)
-        except NotSent:
+        except NotSent as error:
+            self.record.last_refusal = f"{client.host}:{client.port}: {error}"
             return REFUSED
         except OSError:
             return AMBIGUOUS
@@ -176,6 +177,7 @@ class Load:
             return ACKNOWLEDGED
         if answer.status != 503:
             self._strange(answer)
+        self.record.last_refusal = f"{answer.status} {answer.body!r}"
         return REFUSED if b"Nothing was recorded." in answer.body else AMBIGUOUS
 
     def _read(self, client: Client, chance: random.Random, _: str) -> float:

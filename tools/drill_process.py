@@ -28,6 +28,11 @@ def free_port() -> int:
             return port
 
 
+def own_address() -> str:
+    """A loopback address that nobody else is likely to use: all of 127.0.0.0/8 is this host."""
+    return f"127.{random.randint(1, 254)}.{random.randint(0, 255)}.{random.randint(1, 254)}"
+
+
 def start_tied(
     command: Sequence[str], output: IO[bytes] | None = None, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:

@@ -44,6 +44,7 @@ class Record:
         self.acknowledged: Counter[Key] = Counter()
         self.ambiguous: Counter[Key] = Counter()
         self.requests: Counter[str] = Counter()  # by outcome
+        self.last_refusal = "none"
         self.strange: list[str] = []  # answers that must not be
         self._lock = threading.Lock()
 

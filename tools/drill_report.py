@@ -1,7 +1,7 @@
 """The report of a drill: a line while it runs, the verdict, and all of it as JSON.
 
     {"schema": 1, "verdict": "lost=0 doubled=0 ambiguous=3", "exit_code": 0, "failure": null, "when": "after 25 faults",
-     "seed": 7, "command": "catchall drill …", "versions": {…}, "options": {…}, "seconds": 41.2, "tracebacks": [],
+     "seed": 7, "command": "…", "versions": {…}, "options": {…}, "seconds": 41.2, "tracebacks": [], "log_end": "…",
      "requests": {"acknowledged": …}, "events": {"acknowledged": …, "ambiguous": …, "counted": …},
      "mismatched": 0, "mismatches": [the first 20],
      "checkpoints": [{"after": 25, "restarted": false, "at_s": 31.0, "counted": …}],
@@ -41,6 +41,7 @@ class Report:
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     counted: int = 0  # events, at the last comparison
     tracebacks: list[str] = field(default_factory=list)  # in the service's log: how each ends
+    log_end: str = ""
     _under_way: tuple[Planned, float] | None = None  # a fault, and when it began
     _started: float = field(default_factory=time.monotonic)
 
@@ -92,6 +93,7 @@ class Report:
             "events": {"acknowledged": acknowledged, "ambiguous": ambiguous, "counted": self.counted},
             "checkpoints": self.checkpoints, "mismatched": len(self.mismatches),
             "mismatches": [one._asdict() for one in self.mismatches[:DOMAINS_MAX]], "tracebacks": self.tracebacks,
+            "log_end": self.log_end,
             "faults": self.faults,
         }  # fmt: skip
 

@@ -16,9 +16,10 @@ from catchall.tools.drill_disk import small_disk
 from catchall.tools.drill_load import Load
 from catchall.tools.drill_mongod import AWAY, Mongo, mongod_binary, replica_set
 from catchall.tools.drill_plan import Planned
+from catchall.tools.drill_process import own_address
 from catchall.tools.drill_proxy import Proxy
 from catchall.tools.drill_report import MISMATCH, Report
-from catchall.tools.drill_service import Service, ServiceFailed, at_rest
+from catchall.tools.drill_service import LOG_SHOWN, Service, ServiceFailed, at_rest
 from catchall.tools.drill_stage import FAILURES, Stage
 from catchall.tools.polling import WITHIN_S, eventually
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace, plan: Sequence[Planned], command: str, folder:
                 proxy = stack.enter_context(Proxy(mongo.nodes[0].port))
                 uri = f"mongodb://127.0.0.1:{proxy.port}/?directConnection=true"
             flags += ("--mongodb", uri, *MONGODB_FLAGS)
-        service = Service(folder, *flags)
+        service = Service(folder, *flags, host=own_address())  # others must not take its port while it is down
         stack.callback(service.end)
         load = Load(service, names=names(args.seed, args.names), threads=args.threads, seed=args.seed, ids=args.ids)
         report = Report(args.seed, command, shown, load.record)
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace, plan: Sequence[Planned], command: str, folder:
                 with suppress(TimeoutError):
                     report.mismatches = load.record.mismatches(load.record.counted(service.client()))
         report.tracebacks = service.tracebacks
+        report.log_end = service.log[-LOG_SHOWN:]
         if report.tracebacks and report.failure is None:
             report.code, report.failure = MISMATCH, f"the service has logged a traceback: {report.tracebacks[0]}"
         return report

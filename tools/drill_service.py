@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import psutil
 
-from catchall.tools.drill_client import Client, NotSent
+from catchall.tools.drill_client import LOOPBACK, Client, NotSent
 from catchall.tools.drill_process import free_port, start_tied
 from catchall.tools.polling import WITHIN_S, eventually
 
@@ -52,10 +52,11 @@ class Service:
     """`catchall serve`, with small sizes, on a free port.
 
     folder   the log goes there, and the data folder `data`      flags   of `catchall serve`, after those for small sizes
+    host     an address of its own (own_address) keeps others away from its port while it is down
     """
 
-    def __init__(self, folder: Path, *flags: str) -> None:
-        self.data_dir, self.flags = folder / "data", flags
+    def __init__(self, folder: Path, *flags: str, host: str = LOOPBACK) -> None:
+        self.data_dir, self.flags, self.host = folder / "data", flags, host
         self.port = free_port()
         self._log = folder / "log"
         self._log_from = 0  # where the log of this start begins
@@ -91,7 +92,7 @@ class Service:
 
     def command(self) -> list[str]:
         """What starts it."""
-        return serve_command(self.port, self.data_dir, *self.flags)
+        return serve_command(self.port, self.data_dir, *self.flags, host=self.host)
 
     def _is_ready(self) -> bool:
         """True also, with no process, when somebody was quicker to take the port."""
@@ -106,7 +107,7 @@ class Service:
     @property
     def ready(self) -> bool:
         with contextlib.suppress(NotSent, OSError):
-            client = Client(self.port, timeout_s=5.0)
+            client = Client(self.port, 5.0, self.host)
             try:
                 return client.request("GET", "/readyz").status == 200
             finally:
@@ -170,8 +171,10 @@ class Service:
 
     @property
     def tracebacks(self) -> list[str]:
-        """How each traceback in the log ends; one that was logged is a line."""
-        return [found.group(found.lastindex or 0) for found in TRACEBACK.finditer(self.log)]
+        """How each traceback in the log ends; one that was logged is a line. Without those of a process whose parent was
+        killed while it handed over what to run: the standard library has no other way to say so."""
+        found = [found for found in TRACEBACK.finditer(self.log) if " in spawn_main\n" not in found.group()]
+        return [traceback.group(traceback.lastindex or 0) for traceback in found]
 
     # ---- processes
 
@@ -245,7 +248,7 @@ class Service:
 
     def client(self, timeout_s: float = 30.0) -> Client:
         """A new client, closed at the end. One for each thread."""
-        self._clients.append(Client(self.port, timeout_s))
+        self._clients.append(Client(self.port, timeout_s, self.host))
         return self._clients[-1]
 
     def clients_of_each_worker(self) -> dict[int, Client]:
@@ -265,10 +268,10 @@ class Service:
         return found
 
 
-def serve_command(port: int, data_dir: Path, *flags: str) -> list[str]:
+def serve_command(port: int, data_dir: Path, *flags: str, host: str = LOOPBACK) -> list[str]:
     """`catchall serve` with small sizes."""
     serve = [sys.executable, "-m", "catchall.tools.cli", "serve", *SMALL, *flags]
-    return [*serve, "--port", str(port), "--data-dir", str(data_dir)]
+    return [*serve, "--host", host, "--port", str(port), "--data-dir", str(data_dir)]
 
 
 def clean_environment() -> dict[str, str]:

@@ -37,7 +37,8 @@ class Stage:
             eventually("every process has a successor", lambda: self.service.complete, self.within_s)
             self.load.more(ACKNOWLEDGED_AFTER, self.within_s)
         except TimeoutError as error:
-            raise TimeoutError(f"the service did not recover within {self.within_s:g} s: {error}") from error
+            said = f"{error}; last refusal: {self.load.record.last_refusal}"
+            raise TimeoutError(f"the service did not recover within {self.within_s:g} s: {said}") from error
 
     def set_workers(self, workers: int) -> None:
         """How many shards the next start has."""
