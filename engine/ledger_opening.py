@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from catchall.engine.disk import DISK, NO_SPACE, try_lock
 from catchall.storage import ledger_trace
-from catchall.storage.ledger import IdChanges, Ledger, LedgerDamaged, LedgerFull, Position
+from catchall.storage.ledger import HeldId, IdChanges, Ledger, LedgerDamaged, LedgerFull, Position
 from catchall.storage.ledger_trace import Noted, Trace
 
 log = logging.getLogger("catchall.partition")
@@ -38,6 +38,7 @@ _OVER = "ledger.superseded"
 
 class Opened(NamedTuple):
     ledger: Ledger
+    ids: list[HeldId]  # oldest first
     set_aside: int  # files that were set aside for it, or notes of what is missing
 
 
@@ -87,10 +88,12 @@ def _open(folder: Path, lock_fd: int, host: str, copied: bool, make: Callable[..
             set_aside += 1
         else:
             set_aside += _compare(ledger, noted, copied)
+        ids, notes = _ids(ledger)
+        set_aside += notes
     except LedgerDamaged as damage:
         set_aside, living = _set_aside(folder, path, damage)
         mark.unlink(missing_ok=True)
-        ledger = make(path, component=f"{host}-{secrets.token_hex(4)}", begin=living)
+        ledger, ids = make(path, component=f"{host}-{secrets.token_hex(4)}", begin=living), []
     try:
         trace = Trace(lock_fd, ledger.meta.uuid)
         trace.begin(ledger.meta.flush)
@@ -98,7 +101,22 @@ def _open(folder: Path, lock_fd: int, host: str, copied: bool, make: Callable[..
         ledger.close()
         raise
     ledger.trace = trace
-    return Opened(ledger, set_aside)
+    return Opened(ledger, ids, set_aside)
+
+
+def _ids(ledger: Ledger) -> tuple[list[HeldId], int]:
+    """(the ids that it holds, how many notes were left about them). Raises LedgerDamaged, with the ledger closed."""
+    try:
+        ids, intact = ledger.ids()
+    except LedgerDamaged:
+        ledger.close()
+        raise
+    if intact:
+        return ids, 0
+    what = f"{ledger.path}: some of its ids are damaged; a resend of what has such an id may count twice"
+    log.error("%s", what)
+    leave_note(ledger.path.parent, "ids", what)
+    return ids, 1
 
 
 def _succeed(folder: Path, ledger: Ledger, host: str, make: Callable[..., Ledger]) -> Ledger:
@@ -108,7 +126,7 @@ def _succeed(folder: Path, ledger: Ledger, host: str, make: Callable[..., Ledger
     if ledger.meta.component != component:  # it was done, and a death came before the mark was gone
         mark.unlink()
         return ledger
-    positions, (ids, _), seconds = ledger.positions(), ledger.ids(), ledger.meta.service_seconds
+    (ids, _), positions, seconds = _ids(ledger), ledger.positions(), ledger.meta.service_seconds
     ledger.close()
     if path.with_name(f"{path.name}-wal").exists():
         raise LedgerFull(f"{path}: what its last flushes wrote beside it could not be moved into it")

@@ -11,7 +11,6 @@ Recover     lock the partition (waiting for its former owner to be gone); open t
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from dataclasses import dataclass
@@ -24,15 +23,13 @@ from catchall.engine.disk import Disk, try_lock
 from catchall.engine.flush import Flush
 from catchall.engine.folder_watch import FolderWatch
 from catchall.engine.ids import Ids
-from catchall.engine.ledger_opening import condemn, leave_note, open_ledger, supersede
+from catchall.engine.ledger_opening import condemn, open_ledger, supersede
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import Ends, QueueReader
 from catchall.engine.rules import status
 from catchall.engine.scrub import Scrub
 from catchall.storage.counts import Row, unpack
 from catchall.storage.ledger import Ledger, Tallies
-
-log = logging.getLogger("catchall.partition")
 
 COLD_COST = 5  # a name whose base must be read from the ledger counts as so many in memory, for statistics
 CATCH_UP_BYTES = 4 << 20  # drained for a read in one go: what is longer would keep the shard from everything else
@@ -63,7 +60,7 @@ class Partition:
     def __init__(self, number: int, options: PartitionOptions, lock_fd: int) -> None:
         self.number, self._options, self._lock_fd = number, options, lock_fd
         self._folder = partition_folder(options.root, number)
-        self.ledger, self._set_aside = open_ledger(
+        self.ledger, ids, self._set_aside = open_ledger(
             self._folder,
             lock_fd,
             options.host_id,
@@ -85,13 +82,7 @@ class Partition:
         # Everything acknowledged before these (unix ns) is in the last commit; in the last cut. 0: not known yet.
         self.cut_at_ns = self._last_cut_ns = 0
         self.recent = RecentRows(RECENT_ROWS_MAX // options.partitions) if options.keep_rows else None
-        held, intact = self.ledger.ids()
-        if not intact:
-            what = f"{self.ledger.path}: some of its ids are damaged; a resend of what has such an id may count twice"
-            log.error("%s", what)
-            leave_note(self._folder, "ids", what)
-            self._set_aside += 1
-        self.ids = Ids(held, self.ledger.meta.service_seconds, window_s=options.ids_window)
+        self.ids = Ids(ids, self.ledger.meta.service_seconds, window_s=options.ids_window)
         self.reader = QueueReader(
             str(queue_folder(options.root, number)),
             partition=number,

@@ -155,6 +155,10 @@ def _check_of_values(*values: object) -> int:
     return zlib.crc32("\0".join(map(str, values)).encode())
 
 
+def _is_id(hash: object, digest: object, age: object) -> bool:
+    return isinstance(hash, bytes) and isinstance(digest, bytes | None) and isinstance(age, int)
+
+
 def _check_of_ids(ids: Iterable[HeldId]) -> int:
     """The xor of the checks of rows of `id`: for those that come as for those that go."""
     return reduce(xor, (zlib.crc32(b"%b%b%d" % (hash, digest or b"", age)) for hash, digest, age in ids), 0)
@@ -304,9 +308,14 @@ class Ledger:
         return dict(self._positions)
 
     def ids(self) -> tuple[list[HeldId], bool]:
-        """(the ids that are held, oldest first; whether they are what was written). What is damaged of them stays as it is."""
+        """(the ids that are held, oldest first; whether they are what was written). What is damaged of them stays as it is.
+
+        Raises  LedgerDamaged, also for rows that cannot be ids at all.
+        """
         with self._statement(), failures_explained(self.path):
             held = self._db.execute("select hash, digest, age from id order by age").fetchall()
+        if not all(_is_id(*row) for row in held):
+            raise LedgerDamaged(self.path, "some of its ids are none")
         expected, self.meta.ids = self.meta.ids, _check_of_ids(held)
         return held, expected == self.meta.ids
 

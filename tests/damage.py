@@ -28,6 +28,7 @@ from faults import HOST, Host, append, flush, settle
 from catchall.engine import queue_reader, segment
 from catchall.engine.data_folder import Manifest, open_folder, partition_folder
 from catchall.engine.event_queue import EventQueue
+from catchall.engine.lines import with_id
 from catchall.engine.partition import Partition
 from catchall.engine.segment import HEADER_SIZE
 from catchall.storage.counts import unpack
@@ -89,7 +90,8 @@ def _live(draw: random.Random, number: int, partition: Partition, queues: list[E
             case "write":
                 for name in draw.choices(names, k=draw.randrange(1, 120)):
                     sign = draw.choice("+++-")
-                    append(queue, f"{sign}{name}\n".encode())
+                    line = f"{sign}{name}\n".encode()
+                    append(queue, with_id(line, b"%032x" % draw.getrandbits(128)) if draw.random() < 0.3 else line)
                     counts[sign + name] += 1
             case "sync":
                 queue.tidy()

@@ -181,10 +181,10 @@ def test_interleavings_see_a_reader_that_loads_published_before_sealed(monkeypat
 
 def test_the_model_sees_a_read_that_does_not_list_the_folder_first(monkeypatch):
     def blind(catch_up: Any) -> Any:
-        def wrong(self: Partition) -> bool:
+        def wrong(self: Partition, *ends: Any) -> bool:
             self.reader.discover = lambda: None  # type: ignore[method-assign]
             try:
-                return catch_up(self)
+                return catch_up(self, *ends)
             finally:
                 del self.reader.discover
 
@@ -240,10 +240,10 @@ def test_power_cuts_see_a_row_that_is_forgotten_before_the_unlink_is_durable(mon
 @pytest.mark.parametrize("first", ["counts", "positions"])
 def test_deaths_see_counts_and_positions_in_two_transactions(monkeypatch, caught, owner_deaths, first):
     def in_two(write: Any) -> Any:
-        def wrong(self: Ledger, rows: Any, positions: Any, gone: Any, tallies: Any) -> int:
+        def wrong(self: Ledger, rows: Any, positions: Any, gone: Any, *rest: Any) -> int:
             halves = [(rows, {}), ([], positions)]
             for some, where in halves if first == "counts" else halves[::-1]:
-                number: int = write(self, some, where, gone, tallies)
+                number: int = write(self, some, where, gone, *rest)
             return number
 
         return wrong

@@ -11,6 +11,7 @@ from service import SMALL
 
 from catchall.engine import data_folder
 from catchall.engine.data_folder import Manifest
+from catchall.engine.lines import with_id
 from catchall.tools import check_data
 from catchall.tools.cli import main
 
@@ -28,13 +29,14 @@ def folder(tmp_path, monkeypatch) -> Path:
     queues = [host.queue(number) for number in range(PARTITIONS)]
     partitions = [host.own(number) for number in range(PARTITIONS)]
     for queue, partition in zip(queues, partitions, strict=True):
-        append(queue, b"".join(b"+n%d.example\n" % i for i in range(300)))
+        append(queue, b"".join(with_id(b"+n%d.example\n" % i, b"%032x" % i) for i in range(300)))
         settle(partition)
         append(queue, b"-n1.example\n" * 20)
         partition.reader.discover()
         partition.drain(1 << 20)
         flush(partition)
         append(queue, b"+n1.example 2\n" * 20)
+        append(queue, with_id(b"+n2.example\n", b"%032x" % 1) * 2)  # it was counted before
         queue.sync()
     shutil.copytree(living, tmp_path / "data")
     for each in (*queues, *partitions):
@@ -64,7 +66,7 @@ def test_an_undamaged_folder_is_good_and_what_is_in_it_is_told(folder, capsys):
     for number, partition in enumerate(found["partitions"]):
         assert partition["partition"] == number
         assert (partition["domains"], partition["unread_events"]) == (300, 40)
-        assert partition["unread_bytes"] == 20 * len("+n1.example 2\n")
+        assert partition["unread_bytes"] == 20 * len("+n1.example 2\n") + 2 * len("+n2.example #\n" + 32 * "0")
         assert partition["segments"] >= 1
         assert partition["flush"] >= 2
     assert main(["check-data", str(folder)]) == 0
@@ -96,9 +98,10 @@ DAMAGES = {
     "a tally": (lambda f: change_ledger(f, "delete from domain where name = 'n5.example'"), "its tallies say"),
     "meta": (lambda f: change_ledger(f, "update meta set flush = 9"), "about itself"),
     "a position": (lambda f: change_ledger(f, "update segment set consumed = consumed - 12"), "positions"),
+    "ids": (lambda f: change_ledger(f, "delete from id where age = 0 and hash < x'0000000000000000000000000000000f'"), "ids"),
     "no ledger": (lambda f: (f / "01" / "ledger.db").unlink(), "is gone"),
     "an empty ledger": (lambda f: (f / "01" / "ledger.db").write_bytes(b""), "01/ledger.db"),
-    "another's ledger": (lambda f: [p.rename(f / "01" / p.name) for p in (f / "02").glob("ledger.db*")], "this is format 1"),
+    "another's ledger": (lambda f: [p.rename(f / "01" / p.name) for p in (f / "02").glob("ledger.db*")], "this is format 2"),
     "a lost wal": (lambda f: (f / "01" / "ledger.db-wal").write_bytes(b""), "its end is lost"),
     "a segment's header": (lambda f: flip(busiest(f), 13), "header's crc"),
     "a segment's payload": (lambda f: flip(busiest(f), 4096 + 30), "does not match its mark"),

@@ -31,6 +31,7 @@ from catchall.engine.settings import MongoDB
 from catchall.storage import ledger_trace
 from catchall.storage.counts import pack
 from catchall.storage.ledger import LedgerDamaged, LedgerFull
+from catchall.storage.mongodb import Fence
 
 BLOCKS = 12
 
@@ -289,10 +290,15 @@ def test_a_push_that_comes_upon_damage_hands_it_to_the_shard(host, monkeypatch):
     class Copy:
         def __init__(self, *_: object) -> None: ...
 
-        def claim(self, *_: object) -> int:
-            return 0
+        def fences(self) -> dict[tuple[str, int], int]:
+            return {}
+
+        def claim(self, *_: object) -> Fence:
+            return Fence(0, None)
 
         def send(self, *_: object) -> None: ...
+
+        def close(self) -> None: ...
 
     monkeypatch.setattr("catchall.engine.push.MongoCopy", Copy)
     overwrite(host, deep_page(host), bytes(4096))

@@ -63,10 +63,10 @@ def test_without_any_ledger_a_damaged_one_makes_a_new_folder(tmp_path):
 
 
 def test_one_of_a_later_format_is_refused_and_left_as_it_is(tmp_path):
-    text = GOOD.text().replace("format 1", "format 2")
+    text = GOOD.text().replace("format 2", "format 3")
     body = text[: text.rindex("crc ")]
     (tmp_path / "manifest").write_text(body + f"crc {zlib.crc32(body.encode()):08x}\n")
-    with pytest.raises(FolderError, match="says format '2'"):
+    with pytest.raises(FolderError, match="says format '3'"):
         open_folder(tmp_path, 5)
 
 

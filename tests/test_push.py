@@ -168,7 +168,7 @@ def test_a_superseded_ledger_hands_its_positions_on_and_sets_nothing_aside_in_it
     for _ in range(2):
         second = host.own()
         settle(second)
-        assert second.ledger.meta.component.startswith(f"{HOST}-2-")
+        assert second.ledger.meta.component.startswith(f"{HOST}-")
         assert ledger_counts(second) == {"living.example": (1, 0), "dead.example": (1, 0)}
         second.close()
     assert not list(tmp_path.glob("00/q/*.corrupt"))

@@ -1,7 +1,7 @@
 """`catchall check-data DIR`: examine a data folder that no service uses, and change nothing in it.
 
 Looked at   manifest; for each partition its ledger (SQLite's own check, every row's check, tallies against a count of the rows,
-            reading positions, host and partition, the trace in `lock`), its segments (header, newest mark, published length,
+            ids, reading positions, host and partition, the trace in `lock`), its segments (header, newest mark, published length,
             reading position, every unread line); what was set aside before
 Exit codes  0 good   1 could not examine: no such folder, in use, no room for a copy   2 damage found
 
@@ -26,15 +26,17 @@ import msgspec
 from catchall.engine import segment
 from catchall.engine.data_folder import FolderError, Manifest, partition_folder, queue_folder, read_manifest
 from catchall.engine.disk import boot_id, try_lock
+from catchall.engine.ids import Ids, Repeats
 from catchall.engine.pending import Pending
 from catchall.engine.segment import HEADER_SIZE, PUBLISHED, SEALED, BadSegment
 from catchall.storage import ledger_trace
-from catchall.storage.ledger import Ledger, LedgerDamaged, Position, Tallies, meta_row
+from catchall.storage.ledger import HeldId, Ledger, LedgerDamaged, Position, Tallies, meta_row
 from catchall.storage.ledger_copy import copied
 
 GOOD, FAILED, DAMAGED = 0, 1, 2
 ROWS_PER_PIECE = 5000
 SLICE = 1 << 20
+FOR_EVER = float("inf")
 
 
 @dataclass
@@ -124,10 +126,12 @@ def _partition(data_dir: Path, number: int, manifest: Manifest) -> PartitionRepo
         finally:
             os.close(fd)
     positions: dict[str, Position] | None = {}
+    ids = Ids([], 0, window_s=FOR_EVER)
     path = folder / "ledger.db"
     if path.exists():
         try:
-            positions = _ledger(path, manifest, report, noted)
+            positions, held = _ledger(path, manifest, report, noted)
+            ids = Ids(held, 0, window_s=FOR_EVER)
         except (LedgerDamaged, sqlite3.Error) as damage:
             report.problems.append(str(damage))
             positions = None
@@ -137,7 +141,7 @@ def _partition(data_dir: Path, number: int, manifest: Manifest) -> PartitionRepo
     for segment_path in sorted(queue_folder(data_dir, number).glob("*.seg")):
         report.segments += 1
         try:
-            _segment(segment_path, number, manifest, positions, report)
+            _segment(segment_path, number, manifest, positions, ids, report)
         except (OSError, BadSegment) as bad:
             report.problems.append(f"{segment_path}: {bad}")
     return report
@@ -145,8 +149,8 @@ def _partition(data_dir: Path, number: int, manifest: Manifest) -> PartitionRepo
 
 def _ledger(
     path: Path, manifest: Manifest, report: PartitionReport, noted: ledger_trace.Noted | None
-) -> dict[str, Position]:
-    """Returns its reading positions. Raises LedgerDamaged if a start would set it aside."""
+) -> tuple[dict[str, Position], list[HeldId]]:
+    """Returns its reading positions and ids. Raises LedgerDamaged if a start would set it aside."""
     with copied(path) as copy:
         with contextlib.closing(sqlite3.connect(copy)) as db:
             for (line,) in db.execute("pragma integrity_check(20)"):
@@ -162,7 +166,10 @@ def _ledger(
             report.flush = ledger.meta.flush
             if noted is not None and noted.uuid == ledger.meta.uuid and noted.flush > ledger.meta.flush:
                 report.problems.append(f"{path}: its end is lost: it is at flush {ledger.meta.flush} of {noted.flush}")
-            return ledger.positions()
+            held, intact = ledger.ids()
+            if not intact:
+                report.problems.append(f"{path}: some of its ids are damaged")
+            return ledger.positions(), held
 
 
 def _rows(path: Path, ledger: Ledger, report: PartitionReport) -> None:
@@ -183,7 +190,12 @@ def _rows(path: Path, ledger: Ledger, report: PartitionReport) -> None:
 
 
 def _segment(
-    path: Path, number: int, manifest: Manifest, positions: dict[str, Position] | None, report: PartitionReport
+    path: Path,
+    number: int,
+    manifest: Manifest,
+    positions: dict[str, Position] | None,
+    ids: Ids,
+    report: PartitionReport,
 ) -> None:
     """Raises BadSegment, OSError."""
     with open(path, "rb") as file:
@@ -191,10 +203,11 @@ def _segment(
         if header.partition != number or header.host_id.hex() != manifest.host_id:
             raise BadSegment(f"belongs to partition {header.partition} of host {header.host_id.hex()}")
         with mmap.mmap(file.fileno(), HEADER_SIZE + header.payload_size, prot=mmap.PROT_READ) as data:
-            _payload(data, header, positions.get(path.stem, Position(0, 0)).consumed if positions is not None else 0, report)
+            at = positions.get(path.stem, Position(0, 0)) if positions is not None else Position(0, 0)
+            _payload(data, header, at.consumed, ids, report)
 
 
-def _payload(data: mmap.mmap, header: segment.Header, consumed: int, report: PartitionReport) -> None:
+def _payload(data: mmap.mmap, header: segment.Header, consumed: int, ids: Ids, report: PartitionReport) -> None:
     with memoryview(data)[:HEADER_SIZE] as view, view.cast("Q") as words:
         published, sealed = words[PUBLISHED], words[SEALED]
     end = published
@@ -215,7 +228,7 @@ def _payload(data: mmap.mmap, header: segment.Header, consumed: int, report: Par
     while at < HEADER_SIZE + end:
         stop = min(HEADER_SIZE + end, at + SLICE)
         stop = data.rfind(b"\n", at, stop) + 1 or stop
-        clock = pending.count(data[at:stop], clock)
+        clock = pending.count(ids.count(data[at:stop], 0, Repeats(0)), clock)
         at = stop
     deltas, bad = pending.fold()
     report.unread_events += sum(delta.delivered + delta.bounced for delta in deltas.values())
