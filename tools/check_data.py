@@ -1,8 +1,8 @@
 """`catchall check-data DIR`: examine a data folder that no service uses, and change nothing in it.
 
 Looked at   manifest; for each partition its ledger (SQLite's own check, every row's check, tallies against a count of the rows,
-            ids, reading positions, host and partition, the trace in `lock`), its segments (header, newest mark, published length,
-            reading position, every unread line); what was set aside before
+            ids, reading positions, host and partition, the trace in `lock`), its segments (header, newest mark, published
+            length, reading position, every unread line); what was set aside before
 Exit codes  0 good   1 could not examine: no such folder, in use, no room for a copy   2 damage found
 
 Ledgers are examined in a copy, one at a time, in the folder for temporary files (TMPDIR): opening one in place would change it.
