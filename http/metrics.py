@@ -139,6 +139,7 @@ class Metrics:
             "events_delivered": single["delivered"] + bulk["delivered"],
             "events_bounced": single["bounced"] + bulk["bounced"],
             "events_counted": sum(total(shards, "catchall_events_counted_total", k) for k in ("delivered", "bounced")),
+            "events_duplicate": total(shards, "catchall_events_duplicate_total"),
             "response_time_avg_ms": round(seconds / max(1, sum(buckets)) * 1e3, 3),
             "response_time_p95_ms": round(quantile(buckets, 0.95) * 1e3, 3),
             "bulk_requests": requests["bulk"],
