@@ -29,7 +29,7 @@ LOGGING = {
 
 
 def main() -> None:
-    die_with_parent(signal.SIGTERM, int(sys.argv[2]))
+    die_with_parent(signal.SIGKILL, int(sys.argv[2]))  # requests under way would wait for shards that are gone, too
     runtime = read_runtime(Path(sys.argv[1]))
     server = runtime.settings.server
     logs.setup("http", runtime.settings.log)

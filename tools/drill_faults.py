@@ -109,11 +109,11 @@ def only_seconds(chance: random.Random, setup: Setup) -> Params:
 
 
 def stop_process(stage: Stage, params: Params) -> None:
-    """SIGSTOP to one process and, later, SIGCONT. Writes wait for no shard and no parent of a worker."""
+    """SIGSTOP to one process and, later, SIGCONT. Writes wait for no parent of a worker, and without ids for no shard."""
     role, which = str(params["role"]), int(params["which"])
     pid = stage.service.signal(signal.SIGSTOP, role, which if role == "shard" else None, 0 if role == "shard" else which)
     try:
-        if role != "http":
+        if role != "http" and not (role == "shard" and stage.load.ids):
             stage.load.more(10)
         time.sleep(float(params["seconds"]))
     finally:

@@ -53,7 +53,8 @@ class Load:
     ) -> None:
         self.record = Record(names)
         self.flood = False  # large bulks without a pause
-        self._service, self._ids = service, ids
+        self.ids = ids
+        self._service = service
         self._workers: list[tuple[_Work, random.Random, str]] = [
             (self._write, random.Random(f"{seed} {n}"), f"{seed}-{n}") for n in range(threads)
         ]
@@ -143,7 +144,7 @@ class Load:
         events = [(chance.choice(self.record.names), KINDS[chance.random() < BOUNCED_SHARE]) for _ in range(size)]
         request = self._request(events, name, one_key=chance.random() < 0.25)
         outcome = self._send(client, request)
-        while outcome == AMBIGUOUS and self._ids and not self._end.is_set():
+        while outcome == AMBIGUOUS and self.ids and not self._end.is_set():
             self.record.requests["sent again"] += 1
             self._end.wait(PAUSE_FAILED_S)
             # A refusal says that this one was not recorded, and nothing about the one before: go on until one is acknowledged.
@@ -154,12 +155,12 @@ class Load:
         return 0.0 if self.flood else PAUSE_S
 
     def _request(self, events: Sequence[Key], name: str, one_key: bool) -> _Request:
-        key = {"idempotency-key": name} if self._ids else {}
+        key = {"idempotency-key": name} if self.ids else {}
         if len(events) == 1:
             ((domain, kind),) = events
             return "PUT", f"/events/{domain}/{kind}", None, key
         lines = [{"domain": domain, "type": kind} for domain, kind in events]
-        if self._ids and not one_key:
+        if self.ids and not one_key:
             key = {}
             for number, line in enumerate(lines):
                 line["id"] = f"{name}-{number}"
