@@ -41,7 +41,7 @@ STATS_NAMES_MAX = 5000  # pending names of a shard that a statistics request loo
 class _Question:
     """A request about partitions that have to be drained first: COUNTS with its names, KEY, REPEATS."""
 
-    __slots__ = ("asked", "ends", "keys", "names", "numbers", "request")
+    __slots__ = ("asked", "behind", "keys", "names", "numbers", "request")
 
     def __init__(self, request: Request, partitions: int) -> None:
         self.request = request
@@ -55,7 +55,8 @@ class _Question:
             self.numbers = [KEY_QUESTION.unpack(request.payload)[0]]
         else:
             self.numbers = [place[0] for place in PLACE.iter_unpack(request.payload)]
-        self.ends: dict[int, Ends] | None = None  # what it has to see drained, by partition; fixed when it came
+        # What it has to see drained yet, by partition: fixed when it came, shorter with every drain. None: not known yet.
+        self.behind: dict[int, Ends] | None = None
         self.asked: dict[str, int] | None = None  # what MongoDB is being asked, filled when it answered
 
 
@@ -100,9 +101,9 @@ class Reads:
         self.again = False
         if self._questions:
             questions, self._questions = self._questions, []
-            behind = self._catch_up(questions)
+            self._catch_up(questions)
             for question in questions:
-                if question.ends is None or not behind.isdisjoint(map(id, question.ends.values())):
+                if question.behind is None or question.behind:
                     self._later(question, again=True)
                 elif question.request.kind == COUNTS:
                     self._answer(question)
@@ -125,22 +126,24 @@ class Reads:
         known = [repeats for repeats in found if repeats is not None]
         request.answer(REPEATS_ANSWER.pack(sum(known) if len(known) == len(found) else UNKNOWN))
 
-    def _catch_up(self, questions: list[_Question]) -> set[int]:
-        """Note what the new questions have to see, and drain towards what all of them have to. Returns the `id` of those Ends
-        that are not reached, for which their partition needs another turn."""
-        new = {number for question in questions if question.ends is None for number in question.numbers}
-        arrived = {number: self._partitions[number].arrived() if number in self._partitions else None for number in new}
-        reached: dict[int, bool] = {}
+    def _catch_up(self, questions: list[_Question]) -> None:
+        """Note what the new questions have to see, and drain towards what all of them have to."""
+        new = {number for question in questions if question.behind is None for number in question.numbers}
+        arrived: dict[int, Ends] = {}  # where there is something to drain
+        unknown = set()  # not all segments can be opened yet
+        for number in new:
+            ends = self._partitions[number].arrived() if number in self._partitions else None
+            if ends is None:
+                unknown.add(number)
+            elif ends:
+                arrived[number] = ends
         for question in questions:
-            if question.ends is None:
-                ends = {number: found for number in question.numbers if (found := arrived[number]) is not None}
-                if len(ends) < len(set(question.numbers)):
-                    continue
-                question.ends = ends
-            for number, end in question.ends.items():
-                if id(end) not in reached:  # questions that came together share it
-                    reached[id(end)] = self._partitions[number].catch_up(end)
-        return {key for key, done in reached.items() if not done}
+            if question.behind is None and unknown.isdisjoint(question.numbers):
+                question.behind = {n: arrived[n] for n in question.numbers if n in arrived} if arrived else {}
+            if question.behind:
+                for number, ends in list(question.behind.items()):  # questions that came together share them
+                    if not ends or self._partitions[number].catch_up(ends):
+                        del question.behind[number]
 
     def _later(self, question: _Question, *, again: bool) -> None:
         self._questions.append(question)

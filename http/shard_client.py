@@ -65,7 +65,7 @@ class ShardClient(asyncio.Protocol):
         self._inbox = bytearray()
         self._asked: dict[int, _Asked] = {}
         self._open_bytes = 0  # of their frames
-        self._writable = False
+        self._writable = False  # there is a connection, and it is not full
         self._number = 0
         self._names: list[bytes] = []
         self._futures: list[asyncio.Future[tuple[int, int]]] = []
@@ -130,23 +130,23 @@ class ShardClient(asyncio.Protocol):
             fail(ShardUnavailable(f"shard {self._shard} has {self._open_bytes} bytes of questions to answer before this one"))
             return
         self._open_bytes += len(frame)
-        self._asked[self._number] = _Asked(frame, time.monotonic() + self._timeout_s, take, fail)
-        self._send()
+        asked = self._asked[self._number] = _Asked(frame, time.monotonic() + self._timeout_s, take, fail)
+        if self._writable:
+            assert self._transport is not None
+            self._transport.write(frame)
+            asked.sent = True
         if not self._looking:
             self._looking = True
             self._loop.call_later(_LOOK_AGAIN_S, self._look)
 
-    def _send(self) -> None:
-        """Write what was not sent yet, in order, unless the connection is full: then it waits here, and may time out."""
-        if self._transport is None or not self._writable:
-            return
-        unsent: list[bytes] = []
-        for asked in reversed(self._asked.values()):  # the unsent ones are the youngest
-            if asked.sent:
-                break
+    def _send_waiting(self) -> None:
+        """The connection takes questions (again): write those that were not sent. Some of them may have timed out here."""
+        assert self._transport is not None
+        self._writable = True
+        unsent = [asked for asked in self._asked.values() if not asked.sent]
+        for asked in unsent:
             asked.sent = True
-            unsent.append(asked.frame)
-        self._transport.write(b"".join(reversed(unsent)))
+        self._transport.write(b"".join([asked.frame for asked in unsent]))
 
     def _forget(self, number: int) -> _Asked | None:
         asked = self._asked.pop(number, None)
@@ -181,20 +181,18 @@ class ShardClient(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is none by inheritance
         self._inbox.clear()
-        self._writable = True
         for asked in self._asked.values():
             asked.sent = False
-        self._send()
+        self._send_waiting()
 
     def pause_writing(self) -> None:
         self._writable = False
 
     def resume_writing(self) -> None:
-        self._writable = True
-        self._send()
+        self._send_waiting()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        self._transport, self._writable = None, False
         if not self._closed:
             log.warning("shard %d closed its connection; reads of its domains wait for it", self._shard)
             self._connect_soon()
