@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from catchall.engine.disk import DISK, Disk, try_lock
-from catchall.storage.ledger import LedgerDamaged
 from catchall.storage.ledger_copy import identity_of
+from catchall.storage.ledger_failures import LedgerDamaged
 
 log = logging.getLogger("catchall.folder")
 

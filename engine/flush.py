@@ -26,7 +26,9 @@ from catchall.engine.pending import Delta, Pending
 from catchall.engine.queue_reader import QueueReader
 from catchall.engine.rules import status
 from catchall.storage.counts import Row, pack, unpack
-from catchall.storage.ledger import NAMES_PER_LOAD, Ledger, LedgerFull, Position, Tallies
+from catchall.storage.ledger import NAMES_PER_LOAD, Ledger
+from catchall.storage.ledger_failures import LedgerFull
+from catchall.storage.ledger_rows import Position, Tallies
 
 log = logging.getLogger("catchall.flush")
 

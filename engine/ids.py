@@ -23,7 +23,7 @@ from hashlib import blake2b
 from itertools import islice, takewhile
 
 from catchall.engine import lines
-from catchall.storage.ledger import HeldId, IdChanges
+from catchall.storage.ledger_rows import HeldId, IdChanges
 
 ID_BYTES = 16
 INDEX_DIGITS = 8

@@ -27,7 +27,9 @@ from typing import NamedTuple
 
 from catchall.engine.disk import DISK, NO_SPACE, try_lock
 from catchall.storage import ledger_trace
-from catchall.storage.ledger import HeldId, IdChanges, Ledger, LedgerDamaged, LedgerFull, Position
+from catchall.storage.ledger import Ledger
+from catchall.storage.ledger_failures import LedgerDamaged, LedgerFull
+from catchall.storage.ledger_rows import HeldId, IdChanges, Position
 from catchall.storage.ledger_trace import Noted, Trace
 
 log = logging.getLogger("catchall.partition")

@@ -29,7 +29,8 @@ from catchall.engine.queue_reader import Ends, QueueReader
 from catchall.engine.rules import status
 from catchall.engine.scrub import Scrub
 from catchall.storage.counts import Row, unpack
-from catchall.storage.ledger import Ledger, Tallies
+from catchall.storage.ledger import Ledger
+from catchall.storage.ledger_rows import Tallies
 
 COLD_COST = 5  # a name whose base must be read from the ledger counts as so many in memory, for statistics
 CATCH_UP_BYTES = 4 << 20  # drained for a read in one go: what is longer would keep the shard from everything else

@@ -30,7 +30,7 @@ from catchall.engine.metrics_page import Slot
 from catchall.engine.partition import Partition
 from catchall.engine.settings import MongoDB
 from catchall.storage.backoff import backoff
-from catchall.storage.ledger import LedgerDamaged, LedgerFull
+from catchall.storage.ledger_failures import LedgerDamaged, LedgerFull
 from catchall.storage.mongodb import BadMongoURI, MongoCopy, MongoError, MongoOptions, MongoRefused
 from catchall.storage.mongodb_stats import StoredStats
 

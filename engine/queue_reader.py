@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import resource
 import time
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -33,47 +31,17 @@ from catchall.engine.folder_watch import FolderWatch
 from catchall.engine.ids import Ids, Repeats
 from catchall.engine.ledger_opening import leave_note
 from catchall.engine.pending import Pending
-from catchall.engine.segment import HEADER_SIZE, PUBLISHED, SEALED, BadSegment
-from catchall.storage.ledger import Position
+from catchall.engine.read_segment import ReadSegment
+from catchall.engine.segment import HEADER_SIZE, PUBLISHED, BadSegment
+from catchall.storage.ledger_rows import Position
 
 log = logging.getLogger("catchall.queues")
 
 SLICE = 128 << 10  # bytes of a slice: larger ones count slower, and delay answers
-UNWRITTEN_WAIT_S = 1.0  # how long what contradicts itself may be a store that has not arrived yet
 PAST_SEGMENTS = 64  # retired ones of which it is still known which lines were repeats
 SPARE_FILES = 64  # descriptors that segments leave to ledgers, sockets and the syncing of folders
 NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # these say nothing about the file
 UNREADABLE = frozenset({errno.EIO, errno.EISDIR, errno.ESPIPE, errno.ELOOP, errno.ENXIO, errno.EUCLEAN})
-
-
-class ReadSegment:
-    """One segment that is being read."""
-
-    __slots__ = (
-        "checked", "clock", "consumed", "fd", "final", "map", "name", "orphaned", "path", "payload_size", "repeats", "seen",
-        "unwritten_since", "words",
-    )  # fmt: skip
-
-    def __init__(self, path: str, name: str, fd: int, payload_size: int, position: Position) -> None:
-        self.path, self.name, self.fd, self.payload_size = path, name, fd, payload_size
-        self.map = mmap.mmap(fd, HEADER_SIZE + payload_size, prot=mmap.PROT_READ)
-        self.words = memoryview(self.map)[:HEADER_SIZE].cast("Q")
-        self.consumed, self.clock = position.consumed, position.clock
-        self.repeats = Repeats(self.consumed)
-        self.final: int | None = None  # length, once it is known that nothing will follow
-        self.orphaned = False  # its writer is dead: neither word will change
-        self.seen = -1  # `published` when the writer's life was last checked
-        self.checked = 0.0
-        self.unwritten_since: float | None = None
-
-    def close(self) -> None:
-        self.words.release()
-        self.map.close()
-        os.close(self.fd)
-
-    @property
-    def finished(self) -> bool:
-        return self.final is not None and self.consumed >= self.final
 
 
 Ends = list[tuple[ReadSegment, int]]  # segments, and the payload bytes up to which each is to be drained
@@ -183,56 +151,17 @@ class QueueReader:
                 return False
             self._set_aside(path, str(bad))
             return True
-        same_boot = header.boot_id == self._boot_id
-        if self._holds(found) and (self._of_this_boot(found) if same_boot else self._end_of_other_boot(found)):
-            self._known.pop(name, None)
-            self._segments[name] = found
+        try:
+            unverified = found.examine(header.boot_id == self._boot_id)
+        except BadSegment as bad:
+            self._give_up(found, str(bad))
+            return True
+        if unverified:
+            self.unverified_bytes += unverified
+            log.warning("%s: a power cut left %d bytes that no mark covers; they are counted", path, unverified)
+        self._known.pop(name, None)
+        self._segments[name] = found
         return True
-
-    def _holds(self, found: ReadSegment) -> bool:
-        """Whether a segment is what its ledger row and its newest mark say. False: it was set aside."""
-        if found.consumed > found.payload_size:
-            self._give_up(found, f"the ledger counted {found.consumed} bytes of {found.payload_size}")
-            return False
-        before = HEADER_SIZE + found.consumed - 1
-        if found.consumed and found.map[before] not in b"\n\0":  # a power cut may have taken what was counted
-            self._give_up(found, f"the ledger counted {found.consumed} bytes of it, where no line ends")
-            return False
-        return True
-
-    def _of_this_boot(self, found: ReadSegment) -> bool:
-        """Nothing was lost, so the newest mark must match. False: it was set aside."""
-        mark = segment.newest_mark(found.map)
-        if mark is None or mark.offset <= found.consumed:
-            return True  # a living writer's new segment, as a rule: costs nothing
-        return self._verified(found, found.payload_size) is not None
-
-    def _end_of_other_boot(self, found: ReadSegment) -> bool:
-        """Find where a segment that a power cut may have hurt ends. False: it was set aside."""
-        stop = HEADER_SIZE + found.payload_size
-        end = segment.end_after_power_cut(found.map, HEADER_SIZE + found.consumed, stop) - HEADER_SIZE
-        # What was counted before the power cut may itself be gone from the file: a mark above that was never synced.
-        lost = found.map.find(b"\0", HEADER_SIZE, HEADER_SIZE + found.consumed) - HEADER_SIZE
-        verified = self._verified(found, end if lost < 0 else lost)
-        if verified is None:
-            return False
-        found.final = end
-        if end > verified:
-            self.unverified_bytes += end - verified
-            log.warning("%s: a power cut left %d bytes that no mark covers; they are counted", found.path, end - verified)
-        return True
-
-    def _verified(self, found: ReadSegment, whole: int) -> int | None:
-        """How many bytes its newest mark proves, if it lies within `whole`, or were counted. None: it was set aside."""
-        mark = segment.newest_mark(found.map)
-        if mark is None or mark.offset > whole:
-            return found.consumed
-        with memoryview(found.map) as view:
-            crc = zlib.crc32(view[HEADER_SIZE : HEADER_SIZE + mark.offset])
-        if crc != mark.crc:
-            self._give_up(found, f"the crc of its first {mark.offset} bytes does not match its mark")
-            return None
-        return max(found.consumed, mark.offset)
 
     def _give_up(self, found: ReadSegment, why: str) -> None:
         found.close()
@@ -295,39 +224,12 @@ class QueueReader:
         return taken
 
     def _stop(self, found: ReadSegment, now: float) -> int:
-        """How far a segment may be read now; notes its final length when that is known."""
-        if found.final is not None:
-            return found.final
-        if not found.orphaned and now - found.checked >= 1.0 and found.words[SEALED] == 0:
-            self._check_writer(found, now)
-        sealed = found.words[SEALED]  # in this order: `published` is final when `sealed` is set
-        published = found.words[PUBLISHED]
-        beyond = not found.consumed <= published <= found.payload_size
-        if beyond or (sealed and sealed != published + 1 and self._lasts(found)):
-            self._give_up(found, f"published {published}, sealed {sealed}, consumed {found.consumed} contradict")
+        """How far a segment may be read now. One that contradicts itself is set aside."""
+        try:
+            return found.stop(now)
+        except BadSegment as bad:
+            self._give_up(found, str(bad))
             return found.consumed
-        if found.orphaned or sealed == published + 1:
-            found.final = published
-            end = HEADER_SIZE + published
-            if not sealed and found.map[end : end + 1] > b"\0":
-                log.warning("%s: its writer died with lines behind byte %d that it had not published; they are not counted",
-                            found.path, published)  # fmt: skip
-        return published
-
-    @staticmethod
-    def _lasts(found: ReadSegment) -> bool:
-        """Whether what contradicts itself has done so for longer than any store takes to arrive."""
-        now = time.monotonic()
-        if found.unwritten_since is None:
-            found.unwritten_since = now
-        return now - found.unwritten_since >= UNWRITTEN_WAIT_S
-
-    def _check_writer(self, found: ReadSegment, now: float) -> None:
-        """A segment that has been quiet for a second: if its lock can be taken, its writer is dead, and it has ended."""
-        found.checked = now
-        published = found.words[PUBLISHED]
-        found.orphaned = found.seen == published and try_lock(found.fd)
-        found.seen = published
 
     def _slice(self, found: ReadSegment, stop: int, pending: Pending) -> int:
         """Count one slice; returns its bytes, 0 if it must be looked at again later."""
@@ -338,7 +240,7 @@ class QueueReader:
         chunk = found.map[start:end]
         if b"\0" in chunk or chunk[-1:] != b"\n":
             return self._unwritten(found, chunk, pending)
-        found.unwritten_since = None
+        found.is_written()
         self._count(found, chunk, pending)
         return len(chunk)
 
@@ -357,7 +259,7 @@ class QueueReader:
         if whole:
             self._count(found, chunk[:whole], pending)
             return whole
-        if not self._lasts(found):
+        if not found.stays_unwritten():
             return 0
         self.corrupt_files += 1
         aside = f"{self.folder}/{found.name}-{found.consumed}.corrupt"
@@ -368,7 +270,7 @@ class QueueReader:
                 file.write(chunk)
         except OSError as error:
             log.error("%s could not be written: %s", aside, error)
-        found.unwritten_since = None
+        found.is_written()
         self._advance(found, len(chunk))
         return len(chunk)
 
@@ -452,10 +354,7 @@ class QueueReader:
     def check_writers(self) -> None:
         """Find out now which writers are dead; for the last drain, when all of them should be."""
         for found in self._segments.values():
-            if found.final is None and not found.orphaned:
-                found.seen = found.words[PUBLISHED]
-                self._check_writer(found, time.monotonic())
-                found.checked = 0.0
+            found.check_writer_now()
 
     def close(self) -> None:
         for found in self._segments.values():

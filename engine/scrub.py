@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from catchall.engine.ledger_opening import leave_note
-from catchall.storage.ledger import LedgerDamaged
+from catchall.storage.ledger_failures import LedgerDamaged
 
 if TYPE_CHECKING:
     from catchall.engine.partition import Partition

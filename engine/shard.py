@@ -30,16 +30,18 @@ from catchall.engine.disk import DISK
 from catchall.engine.flush import Flush
 from catchall.engine.folder_watch import FolderWatch
 from catchall.engine.full_disk import RETRY_S, FullDisk
-from catchall.engine.ids import forget_oldest, window_held
+from catchall.engine.ids import forget_oldest
 from catchall.engine.metrics_page import DRAINING, READY
 from catchall.engine.others import Others
 from catchall.engine.partition import Partition, PartitionOptions, lock_partition
 from catchall.engine.process import Runtime, die_with_parent, read_runtime
 from catchall.engine.push import Pusher, Superseded, options_of
 from catchall.engine.rules import shard_of
+from catchall.engine.shard_gauges import Gauges
 from catchall.engine.shard_reads import Reads
 from catchall.engine.shard_sockets import Sockets
-from catchall.storage.ledger import LedgerDamaged, LedgerFull, Tallies
+from catchall.storage.ledger_failures import LedgerDamaged, LedgerFull
+from catchall.storage.ledger_rows import Tallies
 
 log = logging.getLogger("catchall.shard")
 
@@ -53,22 +55,12 @@ FULL_AT_STOP_S = 3.0  # how long a stop tries on a full disk; what is left is in
 COUNTED = metric_names.cell("catchall_events_counted_total", "delivered"), metric_names.cell(
     "catchall_events_counted_total", "bounced"
 )
-BACKLOG = metric_names.cell("catchall_queue_backlog_bytes")
-PENDING_NAMES = metric_names.cell("catchall_pending_names")
-CACHED_NAMES = metric_names.cell("catchall_cached_names")
-DOMAINS = tuple(metric_names.cell("catchall_domains", s) for s in ("catch-all", "not-catch-all", "unknown"))
 FLUSH_TIME = metric_names.Histogram("catchall_flush_duration_seconds")
 FLUSH_ROWS = metric_names.cell("catchall_flush_rows_total")
 FLUSH_FAILURES = metric_names.cell("catchall_flush_failures_total")
 FLUSH_SUCCESS = metric_names.cell("catchall_flush_last_success_timestamp_seconds")
 REPEATS = metric_names.cell("catchall_events_duplicate_total")
-IDS_HELD = metric_names.cell("catchall_ids_held")
-IDS_WINDOW = metric_names.cell("catchall_ids_window_seconds")
 BAD_LINES = metric_names.cell("catchall_queue_bad_lines_total")
-UNVERIFIED = metric_names.cell("catchall_queue_unverified_bytes_total")
-CORRUPT_FILES = metric_names.cell("catchall_corrupt_files_total")
-CORRUPT_PRESENT = metric_names.cell("catchall_set_aside_files")
-CORRUPT_ROWS = metric_names.cell("catchall_corrupt_rows_total")
 
 
 class Shard:
@@ -87,6 +79,7 @@ class Shard:
         self._watch = FolderWatch()
         self._full = FullDisk(runtime.root, self._settings)
         self._partitions = self._recover()
+        self._gauges = Gauges(runtime, number, self._partitions)
         self._ids = [partition.ids for partition in self._partitions]
         self._scrubs = [partition.scrub for partition in self._partitions]
         self._by_number = {partition.number: partition for partition in self._partitions}
@@ -100,7 +93,6 @@ class Shard:
         self._next_flush = time.monotonic() + self._settings.storage.flush_interval
         self._due: list[Partition] = []
         self._ticked = self._gauged = 0.0
-        self._damage_noted = (0, 0, 0)
         self._sleep, self._next_round = SLEEP_MIN_S, 0.0
         self._turn = 0
         self._check_writers = True  # even queues in which nothing new is published are to be looked at once
@@ -226,7 +218,7 @@ class Shard:
         for partition in self._partitions:
             partition.reader.discover()
         if took := self._drain_some():
-            self._note_backlog()
+            self._gauges.note_backlog()
         if self._flushing is None:
             self._begin_flush(now)
         if now - self._ticked >= TICK_S:
@@ -234,7 +226,7 @@ class Shard:
             self._tick()
         if now - self._gauged >= self._settings.metrics.interval:
             self._gauged = now
-            self._set_gauges()
+            self._gauges.set()
         if took >= TURN_BYTES:
             return 0.0
         self._scrub_some()
@@ -245,7 +237,7 @@ class Shard:
         self._slot.beat()
         self._check_writers = True
         self._full.refill()
-        self._note_damage()
+        self._reads.degraded = self._gauges.note_damage()
         if self._pusher is not None and self._pusher.superseded is not None:
             self._supersede(self._pusher.superseded)
         if self._pusher is not None and self._pusher.damaged is not None:
@@ -352,39 +344,6 @@ class Shard:
                 partition.condemn(str(damage).removeprefix(f"{damage.path}: "))
         raise SystemExit(1)
 
-    def _note_backlog(self) -> None:
-        """HTTP workers slow bulk requests down by it, so it is kept fresh while there is one."""
-        self._slot.cells[BACKLOG] = sum(partition.reader.backlog for partition in self._partitions)
-
-    def _set_gauges(self) -> None:
-        cells = self._slot.cells
-        partitions = self._partitions
-        self._note_backlog()
-        cells[PENDING_NAMES] = sum(partition.pending.names for partition in partitions)
-        cells[IDS_HELD] = sum(map(len, self._ids))
-        cells[IDS_WINDOW] = int(window_held(self._ids, self._settings.ids.max, self._settings.ids.window))
-        cells[CACHED_NAMES] = sum(len(partition.cache) for partition in partitions)
-        total = sum((partition.ledger.meta.tallies for partition in partitions), Tallies())
-        for at, value in zip(DOMAINS, (total.catch_all, total.not_catch_all, total.unknown), strict=True):
-            cells[at] = value
-
-    def _note_damage(self) -> None:
-        """Counters go on from where the last process of this place left them; degraded is what has its traces in the folder."""
-        cells, partitions = self._slot.cells, self._partitions
-        found = (
-            sum(partition.reader.unverified_bytes for partition in partitions),
-            sum(partition.set_aside for partition in partitions),
-            sum(partition.ledger.damaged_rows for partition in partitions),
-        )
-        for at, now, before in zip((UNVERIFIED, CORRUPT_FILES, CORRUPT_ROWS), found, self._damage_noted, strict=True):
-            cells[at] += now - before
-        self._damage_noted = found
-        present = sum(partition.corrupt_files() for partition in partitions)
-        if self._number == 0:
-            present += len(list(self._runtime.root.glob("*.corrupt")))
-        cells[CORRUPT_PRESENT] = present
-        self._reads.degraded = bool(present or found[2])
-
     # ---- stop
 
     def _finish(self) -> None:
@@ -412,7 +371,7 @@ class Shard:
             idle = self._flushing is None and not took and not any(partition.due for partition in self._partitions)
             if self._flushing is None and not idle and not took:
                 time.sleep(SLEEP_MIN_S)  # a full disk is not to be tried again yet
-        self._set_gauges()
+        self._gauges.set()
         patience = min(5.0, self._settings.server.shutdown_timeout)
         ledgers_free = self._pusher is None or self._pusher.stop(patience)
         if self._others is not None:

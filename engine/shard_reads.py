@@ -31,7 +31,7 @@ from catchall.engine.shard_protocol import (
 )
 from catchall.engine.shard_sockets import Request
 from catchall.storage.counts import DELIVERED_MASK
-from catchall.storage.ledger import Tallies
+from catchall.storage.ledger_rows import Tallies
 
 log = logging.getLogger("catchall.shard")
 

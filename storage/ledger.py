@@ -17,24 +17,31 @@ Source  SQLite: page size 16384 and many rows a statement doubled the rate of fl
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import sqlite3
-import struct
-import tempfile
 import threading
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, reduce
+from functools import cache
 from importlib.resources import files
-from operator import xor
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from catchall.storage.counts import Row, pack
 from catchall.storage.damaged_rows import DamagedRows, usable
+from catchall.storage.ledger_failures import LedgerDamaged, LedgerFull, failures_explained
+from catchall.storage.ledger_rows import (
+    HeldId,
+    IdChanges,
+    Position,
+    Tallies,
+    check_holds,
+    check_of,
+    check_of_ids,
+    check_of_positions,
+    check_of_values,
+    is_id,
+)
 from catchall.storage.ledger_trace import Trace
 
 FORMAT = 2
@@ -67,45 +74,6 @@ _SET_META = (
 _SEGMENT = "insert or replace into segment values (?, ?, ?, ?)"
 _SCHEMA = "select m.name, c.name, c.type, c.pk from sqlite_schema m, pragma_table_info(m.name) c order by m.name, c.cid"
 
-# What SQLite's primary result codes say about a failed statement; the statements themselves are right, the rest is the file.
-_FULL = sqlite3.SQLITE_FULL
-# SQLite says FULL only where a write met ENOSPC. A quota, or a file that cannot be made or grown, comes as one of these.
-_PERHAPS_FULL = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})
-_PROBE_BYTES = 1 << 20
-_DAMAGED = frozenset(
-    {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
-)
-_UNREADABLE = frozenset({sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS})
-
-_COUNTS = struct.Struct("<QQQ")
-
-
-HeldId = tuple[bytes, bytes | None, int]  # hash, the digest of its request if it is a key, service seconds when it came
-
-
-class LedgerDamaged(Exception):
-    """The file is no ledger, is damaged, or belongs to another folder or partition. It must be set aside and begun anew."""
-
-    def __init__(self, path: Path, what: str) -> None:
-        super().__init__(f"{path}: {what}")
-        self.path = path
-
-
-class LedgerFull(Exception):
-    """The disk is full. The transaction was rolled back: nothing of it happened."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tallies:
-    catch_all: int = 0
-    not_catch_all: int = 0
-    unknown: int = 0
-
-    def __add__(self, other: Tallies) -> Tallies:
-        return Tallies(
-            self.catch_all + other.catch_all, self.not_catch_all + other.not_catch_all, self.unknown + other.unknown
-        )
-
 
 @dataclass(slots=True)
 class Meta:
@@ -116,57 +84,6 @@ class Meta:
     tallies: Tallies
     ids: int = 0  # xor of the checks of all that are held
     service_seconds: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    consumed: int
-    clock: int
-    finished: bool = False  # nothing follows, so the file may be gone
-
-
-@dataclass(frozen=True, slots=True)
-class IdChanges:
-    """What a flush changes in the table of ids.
-
-    gone   rows that are there; a hash of them may be new again, with another age
-    new    rows whose hashes are not there, or among those that go
-    """
-
-    new: Sequence[HeldId] = ()
-    gone: Sequence[HeldId] = ()
-    service_seconds: int = 0
-
-
-def check_of(name: str, delivered: int, bounced: int, flush: int) -> int:
-    """The `chk` of a row: what tells a damaged count from a true one."""
-    return zlib.crc32(_COUNTS.pack(delivered, bounced, flush), zlib.crc32(name.encode()))
-
-
-def check_holds(name: object, delivered: object, bounced: object, flush: object, chk: object) -> bool:
-    """Whether a row is what was written, whatever its columns hold."""
-    try:
-        return chk == check_of(name, delivered, bounced, flush)  # type: ignore[arg-type]
-    except (struct.error, TypeError, AttributeError):
-        return False
-
-
-def _check_of_values(*values: object) -> int:
-    return zlib.crc32("\0".join(map(str, values)).encode())
-
-
-def _is_id(hash: object, digest: object, age: object) -> bool:
-    return isinstance(hash, bytes) and isinstance(digest, bytes | None) and isinstance(age, int)
-
-
-def _check_of_ids(ids: Iterable[HeldId]) -> int:
-    """The xor of the checks of rows of `id`: for those that come as for those that go."""
-    return reduce(xor, (zlib.crc32(b"%b%b%d" % (hash, digest or b"", age)) for hash, digest, age in ids), 0)
-
-
-def _check_of_positions(positions: Mapping[str, Position]) -> int:
-    """The xor of the checks of all rows of `segment`: in whichever order they are read."""
-    return reduce(xor, (_check_of_values(name, p.consumed, p.clock, int(p.finished)) for name, p in positions.items()), 0)
 
 
 class Ledger:
@@ -248,9 +165,9 @@ class Ledger:
         for statement in schema():
             run(statement)
         form, *where = self._identity
-        check = _check_of_positions(begin)
+        check = check_of_positions(begin)
         meta = [form, uuid4().hex, where[0], component, *where[1:], 0, 0, self.threshold, 0, 0, 0, check, 0, 0]
-        run(f"insert into meta ({_META}, chk, opened, one) values ({'?,' * 15} ?, 0, 1)", [*meta, _check_of_values(*meta)])
+        run(f"insert into meta ({_META}, chk, opened, one) values ({'?,' * 15} ?, 0, 1)", [*meta, check_of_values(*meta)])
         for name, at in begin.items():
             run(_SEGMENT, (name, at.consumed, at.clock, at.finished))
 
@@ -265,7 +182,7 @@ class Ledger:
         self.meta = Meta(uuid, component, flush, pushed, Tallies(*tallies), ids, seconds)
         rows = self._db.execute("select name, consumed, clock, finished from segment").fetchall()
         self._positions = {name: Position(consumed, clock, bool(finished)) for name, consumed, clock, finished in rows}
-        if _check_of_positions(self._positions) != positions:
+        if check_of_positions(self._positions) != positions:
             raise LedgerDamaged(self.path, "its reading positions do not match their check")
         if threshold != self.threshold:
             self.meta.tallies = self.count_tallies()
@@ -275,9 +192,9 @@ class Ledger:
         form, host, partition, partitions = self._identity
         own = (form, meta.uuid, host, meta.component, partition, partitions)
         tallies = (meta.tallies.catch_all, meta.tallies.not_catch_all, meta.tallies.unknown)
-        checks = (_check_of_positions(positions), meta.ids)
+        checks = (check_of_positions(positions), meta.ids)
         values = (meta.flush, meta.pushed, self.threshold, *tallies, *checks, meta.service_seconds)
-        self._run(_SET_META, (*values, _check_of_values(*own, *values)))
+        self._run(_SET_META, (*values, check_of_values(*own, *values)))
 
     def count_tallies(self) -> Tallies:
         """By one scan of the table."""
@@ -314,9 +231,9 @@ class Ledger:
         """
         with self._statement(), failures_explained(self.path):
             held = self._db.execute("select hash, digest, age from id order by age").fetchall()
-        if not all(_is_id(*row) for row in held):
+        if not all(is_id(*row) for row in held):
             raise LedgerDamaged(self.path, "some of its ids are none")
-        expected, self.meta.ids = self.meta.ids, _check_of_ids(held)
+        expected, self.meta.ids = self.meta.ids, check_of_ids(held)
         return held, expected == self.meta.ids
 
     def load(self, names: Sequence[str]) -> dict[str, int]:
@@ -351,7 +268,7 @@ class Ledger:
         with self._transaction:
             meta = replace(self.meta, flush=self.meta.flush + 1, tallies=tallies)
             if ids is not None:
-                meta.ids ^= _check_of_ids(ids.gone) ^ _check_of_ids(ids.new)
+                meta.ids ^= check_of_ids(ids.gone) ^ check_of_ids(ids.new)
                 meta.service_seconds = ids.service_seconds
             number = meta.flush
             after = {**self._positions, **positions}
@@ -449,7 +366,7 @@ def meta_row(db: sqlite3.Connection, path: Path) -> tuple[Any, ...]:
     """The columns of _META. Raises LedgerDamaged if they do not match their check."""
     with failures_explained(path, opening=True):
         row = db.execute(f"select {_META}, chk from meta").fetchone()
-    if row is None or _check_of_values(*row[:-1]) != row[-1]:
+    if row is None or check_of_values(*row[:-1]) != row[-1]:
         raise LedgerDamaged(path, "what it says about itself does not match its check")
     return tuple(row[:-1])
 
@@ -466,37 +383,3 @@ def _expected_schema() -> list[tuple[Any, ...]]:
         for statement in schema():
             db.execute(statement)
         return db.execute(_SCHEMA).fetchall()
-
-
-@contextlib.contextmanager
-def failures_explained(path: Path, opening: bool = False, outcome_known: bool = True) -> Iterator[None]:
-    """opening        the schema is read now, so a statement that does not fit it is damage; later it would be a mistake of ours
-    outcome_known  whether a statement that failed has changed nothing for good: not so for a COMMIT, unless it says FULL
-    """
-    try:
-        yield
-    except UnicodeDecodeError as error:  # of a message of SQLite's that quotes what it found
-        raise LedgerDamaged(path, f"what it holds is no text: {error}") from error
-    except sqlite3.DatabaseError as error:
-        code: int | None = getattr(error, "sqlite_errorcode", None)
-        if code is None:  # not SQLite's: text that is no UTF-8 is damage, the use of a closed connection is not
-            if isinstance(error, sqlite3.OperationalError):
-                raise LedgerDamaged(path, str(error)) from error
-            raise
-        primary = code & 0xFF
-        if primary == _FULL or (primary in _PERHAPS_FULL and outcome_known and _disk_is_full(path.parent)):
-            raise LedgerFull(f"{path}: {error}") from error
-        # A damaged header can say "read-only"; a file that really is stays where it is.
-        unwritable = primary == sqlite3.SQLITE_READONLY and os.access(path, os.W_OK)
-        if primary in _DAMAGED or code in _UNREADABLE or unwritable or (opening and primary == sqlite3.SQLITE_ERROR):
-            raise LedgerDamaged(path, str(error)) from error
-        raise
-
-
-def _disk_is_full(folder: Path) -> bool:
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            os.posix_fallocate(probe.fileno(), 0, _PROBE_BYTES)
-    except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return False

@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from catchall.storage.ledger import LedgerDamaged, meta_row
+from catchall.storage.ledger import meta_row
+from catchall.storage.ledger_failures import LedgerDamaged
 
 
 @contextlib.contextmanager

@@ -25,14 +25,14 @@ from pathlib import Path
 
 from faults import HOST, Host, append, flush, settle
 
-from catchall.engine import queue_reader, segment
+from catchall.engine import read_segment, segment
 from catchall.engine.data_folder import Manifest, open_folder, partition_folder
 from catchall.engine.event_queue import EventQueue
 from catchall.engine.lines import with_id
 from catchall.engine.partition import Partition
 from catchall.engine.segment import HEADER_SIZE
 from catchall.storage.counts import unpack
-from catchall.storage.ledger import LedgerDamaged
+from catchall.storage.ledger_failures import LedgerDamaged
 
 PARTITIONS, WRITERS, TEMPLATES, TRIALS_PER_TEMPLATE = 3, 2, 40, 25
 OPENINGS_MAX = 3
@@ -297,7 +297,7 @@ def _look(template: Template, host: Host, number: int, host_id: str, before: lis
 
 def trials(folder: Path, seeds: range) -> Iterator[Outcome]:
     templates: dict[int, Template] = {}
-    wait, queue_reader.UNWRITTEN_WAIT_S = queue_reader.UNWRITTEN_WAIT_S, 0.0  # no store is on its way: nobody lives
+    wait, read_segment.UNWRITTEN_WAIT_S = read_segment.UNWRITTEN_WAIT_S, 0.0  # no store is on its way: nobody lives
     try:
         for seed in seeds:
             kind = seed // TRIALS_PER_TEMPLATE % TEMPLATES
@@ -305,7 +305,7 @@ def trials(folder: Path, seeds: range) -> Iterator[Outcome]:
                 templates[kind] = make_template(folder / f"template-{kind}", kind)
             yield trial(templates[kind], folder / "trial", seed)
     finally:
-        queue_reader.UNWRITTEN_WAIT_S = wait
+        read_segment.UNWRITTEN_WAIT_S = wait
 
 
 def main() -> int:

@@ -31,7 +31,9 @@ from catchall.engine.ids import Ids
 from catchall.engine.partition import Partition, PartitionOptions, lock_partition
 from catchall.engine.pending import Pending
 from catchall.engine.queue_reader import QueueReader
-from catchall.storage.ledger import Ledger, LedgerFull, Position
+from catchall.storage.ledger import Ledger
+from catchall.storage.ledger_failures import LedgerFull
+from catchall.storage.ledger_rows import Position
 
 BOOT, OTHER_BOOT = bytes(range(16)), bytes(range(1, 17))
 HOST = "a0" * 16

@@ -21,7 +21,7 @@ from catchall.engine.event_queue import EventQueue, OpenSegment
 from catchall.engine.partition import Partition, lock_partition
 from catchall.engine.rules import partition_of, shard_of, status
 from catchall.storage.counts import unpack
-from catchall.storage.ledger import Tallies
+from catchall.storage.ledger_rows import Tallies
 
 PARTITIONS = 2
 THRESHOLD = 10

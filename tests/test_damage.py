@@ -30,7 +30,7 @@ from catchall.engine.rules import partition_of
 from catchall.engine.settings import MongoDB
 from catchall.storage import ledger_trace
 from catchall.storage.counts import pack
-from catchall.storage.ledger import LedgerDamaged, LedgerFull
+from catchall.storage.ledger_failures import LedgerDamaged, LedgerFull
 from catchall.storage.mongodb import Fence
 
 BLOCKS = 12

@@ -22,9 +22,11 @@ from catchall.engine import full_disk
 from catchall.engine.full_disk import FullDisk
 from catchall.engine.settings import Data, Settings
 from catchall.engine.settings import Storage as StorageSettings
-from catchall.storage import ledger as ledger_module
+from catchall.storage import ledger_failures
 from catchall.storage.counts import Row
-from catchall.storage.ledger import Ledger, LedgerFull, Tallies
+from catchall.storage.ledger import Ledger
+from catchall.storage.ledger_failures import LedgerFull
+from catchall.storage.ledger_rows import Tallies
 
 MIB = 1 << 20
 RESERVE = MIB
@@ -209,7 +211,7 @@ def test_an_error_of_a_disk_that_has_no_room_is_rolled_back_and_the_flush_can_co
 ) -> None:
     ledger = failing_ledger(tmp_path, word, code)
     with monkeypatch.context() as patch:
-        patch.setattr(ledger_module, "_disk_is_full", lambda _: True)
+        patch.setattr(ledger_failures, "_disk_is_full", lambda _: True)
         with pytest.raises(LedgerFull):
             ledger.write(ROWS, {}, [], Tallies(0, 0, 1))
     assert ledger.write(ROWS, {}, [], Tallies(0, 0, 1)) == 1
@@ -222,17 +224,17 @@ def test_an_error_whose_outcome_is_unknown_is_never_taken_for_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, full: bool
 ) -> None:
     ledger = failing_ledger(tmp_path, word, sqlite3.SQLITE_IOERR_WRITE)
-    monkeypatch.setattr(ledger_module, "_disk_is_full", lambda _: full)
+    monkeypatch.setattr(ledger_failures, "_disk_is_full", lambda _: full)
     with pytest.raises(sqlite3.OperationalError):
         ledger.write(ROWS, {}, [], Tallies(0, 0, 1))
     ledger.close()
 
 
 def test_whether_a_disk_is_full_is_asked_of_the_disk(small_disk: Path) -> None:
-    assert not ledger_module._disk_is_full(small_disk)
+    assert not ledger_failures._disk_is_full(small_disk)
     fill(small_disk)
-    assert ledger_module._disk_is_full(small_disk)
-    assert not ledger_module._disk_is_full(small_disk / "missing")
+    assert ledger_failures._disk_is_full(small_disk)
+    assert not ledger_failures._disk_is_full(small_disk / "missing")
     assert sorted(path.name for path in small_disk.iterdir()) == ["ballast"]
 
 

@@ -15,7 +15,8 @@ from catchall.engine import ids, lines
 from catchall.engine.event_queue import EventQueue
 from catchall.engine.ids import Ids, Repeats, event_id, forget_oldest, ids_of_request, key_id, request_digest, window_held
 from catchall.engine.pending import Pending
-from catchall.storage.ledger import HeldId, IdChanges, LedgerFull
+from catchall.storage.ledger_failures import LedgerFull
+from catchall.storage.ledger_rows import HeldId, IdChanges
 
 KEY, DIGEST, OTHER = key_id(b"key"), request_digest(b"one body"), request_digest(b"another body")
 

@@ -10,9 +10,11 @@ import pytest
 from faults import HOST, Died, Host, Steps, append, dying, ledger_counts
 
 from catchall.storage.counts import pack
-from catchall.storage.ledger import NAMES_PER_LOAD, ROWS_PER_SCAN, Ledger, LedgerDamaged, LedgerFull, Position
+from catchall.storage.ledger import NAMES_PER_LOAD, ROWS_PER_SCAN, Ledger
 from catchall.storage.ledger import ROWS_PER_STATEMENT as ROWS
-from catchall.storage.ledger import Tallies as T
+from catchall.storage.ledger_failures import LedgerDamaged, LedgerFull
+from catchall.storage.ledger_rows import Position
+from catchall.storage.ledger_rows import Tallies as T
 
 Open = Callable[..., Ledger]
 ROW = ("a.example", 5, 1, 100, 200, 150)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from faults import BOOT, HOST, NOW, OTHER_BOOT, append, new_queue, new_reader, read_all
 
-from catchall.engine import queue_reader, segment
+from catchall.engine import read_segment, segment
 from catchall.engine.pending import Pending
 from catchall.engine.segment import HEADER_SIZE, PUBLISHED, SEALED, BadSegment, Header, Mark
+from catchall.storage.ledger_rows import Position
 
 LINES = b"@1790000000\n+a.example\n-b.example 12\n+a.example\n"
 # Where each of its events ends.
@@ -94,7 +95,7 @@ def test_after_a_power_cut_only_whole_lines_before_the_first_nul_count(tmp_path,
 
 @pytest.mark.parametrize("cut", range(1, len(LINES)))
 def test_a_hole_below_published_is_waited_for_and_then_the_rest_is_set_aside(tmp_path, monkeypatch, cut):
-    monkeypatch.setattr(queue_reader, "UNWRITTEN_WAIT_S", 1e9)
+    monkeypatch.setattr(read_segment, "UNWRITTEN_WAIT_S", 1e9)
     path = write(tmp_path, segment_bytes(LINES[:cut] + b"\0" + LINES[cut + 1 :], published=len(LINES)))
     reader, pending = new_reader(tmp_path), Pending()
     assert read_all(reader, pending) == whole(cut)
@@ -108,7 +109,7 @@ def test_a_hole_below_published_is_waited_for_and_then_the_rest_is_set_aside(tmp
     with path.open("r+b") as file:
         file.seek(HEADER_SIZE + cut)
         file.write(b"\0")
-    monkeypatch.setattr(queue_reader, "UNWRITTEN_WAIT_S", 0)
+    monkeypatch.setattr(read_segment, "UNWRITTEN_WAIT_S", 0)
     reader = new_reader(tmp_path)
     assert read_all(reader) == whole(cut)
     assert reader.corrupt_files == 1
@@ -134,7 +135,7 @@ def test_a_header_with_any_byte_flipped_is_set_aside(tmp_path, byte):
 @pytest.mark.parametrize("byte", range(60, 208))
 @pytest.mark.parametrize("flip", [0x01, 0xFF])
 def test_the_rest_of_the_first_page_with_any_byte_flipped_never_counts_too_much(tmp_path, monkeypatch, byte, flip):
-    monkeypatch.setattr(queue_reader, "UNWRITTEN_WAIT_S", 0)
+    monkeypatch.setattr(read_segment, "UNWRITTEN_WAIT_S", 0)
     data = segment_bytes(LINES, published=len(LINES), sealed=len(LINES) + 1, marks=(mark_of(LINES, len(LINES)),))
     data[byte] ^= flip
     write(tmp_path, data)
@@ -243,7 +244,7 @@ def test_a_mark_that_was_stored_before_its_sync_is_no_damage_after_a_power_cut(t
     """Everything was counted and committed; then the file's own pages were lost, but not the page of the roll's mark."""
     lost = bytes(ENDS[0]) + LINES[ENDS[0] :]
     write(tmp_path, segment_bytes(lost, boot=OTHER_BOOT, marks=(mark_of(LINES, len(LINES)),)))
-    position = {"00000000000000aa": queue_reader.Position(ENDS[1], NOW)}
+    position = {"00000000000000aa": Position(ENDS[1], NOW)}
     reader = new_reader(tmp_path, positions=position)
     assert read_all(reader) == {"a.example": (1, 0)}
     assert reader.corrupt_files == 0

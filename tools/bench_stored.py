@@ -27,7 +27,8 @@ import psutil
 from catchall.engine import data_folder
 from catchall.engine.rules import partition_of
 from catchall.storage.counts import Row
-from catchall.storage.ledger import Ledger, Tallies
+from catchall.storage.ledger import Ledger
+from catchall.storage.ledger_rows import Tallies
 from catchall.tools.bench import free_port, get, wait_for
 
 BATCH = 1_000_000

@@ -30,8 +30,10 @@ from catchall.engine.ids import Ids, Repeats
 from catchall.engine.pending import Pending
 from catchall.engine.segment import HEADER_SIZE, PUBLISHED, SEALED, BadSegment
 from catchall.storage import ledger_trace
-from catchall.storage.ledger import HeldId, Ledger, LedgerDamaged, Position, Tallies, meta_row
+from catchall.storage.ledger import Ledger, meta_row
 from catchall.storage.ledger_copy import copied
+from catchall.storage.ledger_failures import LedgerDamaged
+from catchall.storage.ledger_rows import HeldId, Position, Tallies
 
 GOOD, FAILED, DAMAGED = 0, 1, 2
 ROWS_PER_PIECE = 5000
