@@ -70,7 +70,10 @@ class Ids:
     def __init__(
         self, held: Iterable[HeldId], service_seconds: int, *, window_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._held: dict[bytes, tuple[int, bytes | None]] = {hash: (age, digest) for hash, digest, age in held}
+        plain: dict[int, tuple[int, bytes | None]] = {}  # one entry for all ids of a second, as `count` makes them
+        self._held: dict[bytes, tuple[int, bytes | None]] = {
+            hash: plain.setdefault(age, (age, None)) if digest is None else (age, digest) for hash, digest, age in held
+        }
         self._window_s, self._clock = window_s, clock
         self._start = clock() - service_seconds
         self._new: list[HeldId] = []
