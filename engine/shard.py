@@ -88,6 +88,7 @@ class Shard:
         self._full = FullDisk(runtime.root, self._settings)
         self._partitions = self._recover()
         self._ids = [partition.ids for partition in self._partitions]
+        forget_oldest(self._ids, self._settings.ids.max)  # a shard that took over others' may hold far too many
         self._scrubs = [partition.scrub for partition in self._partitions]
         self._by_number = {partition.number: partition for partition in self._partitions}
         self._sockets = Sockets(runtime.run_folder, number, self._epoll)
