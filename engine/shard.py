@@ -95,7 +95,8 @@ class Shard:
         mongodb = self._settings.storage.kind == "mongodb"
         self._others = self._make_others() if mongodb else None
         self._pusher = self._make_pusher() if mongodb else None
-        self._reads = Reads(self._by_number, runtime.manifest.partitions, self._others, self._shared_stats)
+        patience = self._settings.server.write_timeout + 1.0  # a worker looks a moment later than that
+        self._reads = Reads(self._by_number, runtime.manifest.partitions, self._others, self._shared_stats, patience)
         self._flusher = ThreadPoolExecutor(1, "flush")
         self._flushing: tuple[Partition, Flush, Future[None]] | None = None
         self._next_flush = time.monotonic() + self._settings.storage.flush_interval
