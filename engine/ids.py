@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -215,8 +216,10 @@ class Repeats:
 
     def __init__(self, start: int) -> None:
         self.start = start
-        self._offsets: list[int] = []
-        self._counts: list[int] = []
+        self._offsets, self._counts = array("Q"), array("Q")
+
+    def __len__(self) -> int:
+        return len(self._offsets)
 
     def add(self, offset: int, count: int) -> None:
         if len(self._offsets) >= REPEATS_MAX:

@@ -11,10 +11,11 @@ import pytest
 from faults import Died, Host, Mortal, Steps, append, counts_of, flush, ledger_counts, settle
 from test_recovery import leave_for_dead
 
-from catchall.engine import ids, lines
+from catchall.engine import ids, lines, queue_reader
 from catchall.engine.event_queue import EventQueue
 from catchall.engine.ids import Ids, Repeats, event_id, forget_oldest, ids_of_request, key_id, request_digest, window_held
 from catchall.engine.pending import Pending
+from catchall.engine.shard_protocol import PLACE
 from catchall.storage.ledger import HeldId, IdChanges, LedgerFull
 
 KEY, DIGEST, OTHER = key_id(b"key"), request_digest(b"one body"), request_digest(b"another body")
@@ -292,6 +293,24 @@ def test_ids_and_keys_are_known_after_a_restart(tmp_path: Path) -> None:
     settle(partition)
     assert ledger_counts(partition) == wanted(range(12))
     assert partition.ids.digest_of(bytes.fromhex(KEY.decode())) == bytes.fromhex(DIGEST.decode())
+    partition.close()
+
+
+def test_of_repeats_in_retired_segments_so_many_are_remembered_however_many_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_reader, "PAST_REPEATS_MAX", 25)
+    host = Host(tmp_path)
+    partition = host.own()
+    for _ in range(6):
+        queue = host.queue()
+        append(queue, line(1) * 11)
+        place = queue.place(11 * len(line(1)))
+        queue.close()
+        settle(partition)
+    assert sum(map(len, partition.reader._past.values())) == 22
+    _, name, start, end = PLACE.unpack(place)
+    assert partition.reader.repeats(name.hex(), start, end) == 11
     partition.close()
 
 
