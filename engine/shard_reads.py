@@ -184,7 +184,8 @@ class Reads:
         """Add what other hosts counted. False: MongoDB has to be asked first, and the question waits."""
         assert self._others is not None
         asked = question.asked or {}
-        unknown = {}
+        known: dict[str, int] = {}
+        unknown: dict[str, str] = {}
         for i, (name, number) in enumerate(zip(question.names, question.numbers, strict=True)):
             packed = asked.get(name)
             own = self._partitions[number].ledger.meta.component
@@ -193,10 +194,12 @@ class Reads:
             if packed is None:
                 unknown[name] = own
             else:
+                known[name] = packed
                 counts[i] += packed
         if unknown:
             if question.asked is None:
                 question.asked = self._others.ask(unknown)
+                question.asked.update(known)  # until the others come, they may be too old to be told again
             self._later(question, again=False)
         return not unknown
 

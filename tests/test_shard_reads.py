@@ -1,6 +1,6 @@
 """Questions that a shard cannot answer at once: it neither spins, nor piles them up, nor forgets its other work."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -88,4 +88,36 @@ def test_however_many_questions_wait_for_a_backlog_one_turn_drains_one_share_of_
     assert turns > 2
     assert asker.out.count(ANSWER.pack(4, 49)) == 1
     queue.close()
+    partition.close()
+
+
+class Elsewhere:
+    """Stands for Others: what it knows is forgotten once it was told, and what it is asked is answered later."""
+
+    def __init__(self, **known: int) -> None:
+        self._known = {f"{name}.example": packed for name, packed in known.items()}
+        self.asked: list[tuple[Mapping[str, str], dict[str, int]]] = []
+
+    def get(self, name: str, own: str) -> int | None:
+        return self._known.pop(name, None)
+
+    def ask(self, names: Mapping[str, str]) -> dict[str, int]:
+        self.asked.append((names, {}))
+        return self.asked[-1][1]
+
+    def answers(self, packed: int) -> None:
+        for names, result in self.asked:
+            result.update(dict.fromkeys(names, packed))
+
+
+def test_a_name_whose_count_elsewhere_expires_while_others_are_asked_for_holds_up_no_answer(tmp_path: Path) -> None:
+    partition, asker, elsewhere = Host(tmp_path).own(), Asker(), Elsewhere(known=3)
+    waiting = Reads({0: partition}, 1, elsewhere, lambda: None, 60.0)  # type: ignore[arg-type]
+    waiting.add([asker.asks(1, COUNTS, b"known.example\nnew.example")])
+    waiting.answer()
+    assert [list(names) for names, _ in elsewhere.asked] == [["new.example"]]
+    elsewhere.answers(5)
+    waiting.answer()
+    assert not waiting.waiting
+    assert asker.out.endswith(COUNT_PAIR.pack(3, 0) + COUNT_PAIR.pack(5, 0))
     partition.close()
