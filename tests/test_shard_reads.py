@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-from faults import Host, append, flush
+from faults import Host, append, flush, settle
 
 from catchall.engine import partition as partition_module
 from catchall.engine.event_queue import EventQueue
@@ -120,4 +121,29 @@ def test_a_name_whose_count_elsewhere_expires_while_others_are_asked_for_holds_u
     waiting.answer()
     assert not waiting.waiting
     assert asker.out.endswith(COUNT_PAIR.pack(3, 0) + COUNT_PAIR.pack(5, 0))
+    partition.close()
+
+
+def test_while_a_push_stores_how_far_it_came_the_loop_waits_for_no_sync(tmp_path: Path) -> None:
+    """It is a commit like that of a flush: what needs the ledger is put off, and what does not goes on."""
+    host = Host(tmp_path)
+    queue, partition = host.queue(), host.own(cache_names=0)
+    append(queue, b"+n0.example\n")
+    settle(partition)
+    asker, waiting, seen = Asker(), reads(partition), []
+    run = partition.ledger._run
+
+    def slow(*args: Any) -> None:
+        assert partition.ledger.in_commit, "else the next step would wait for this one"
+        waiting.add([asker.asks(1, COUNTS, b"n0.example")])
+        waiting.answer()
+        seen.append((waiting.waiting, waiting.again, partition.scrub.step(), partition.scrub._name))
+        run(*args)
+
+    partition.ledger._run = slow  # type: ignore[method-assign]
+    partition.ledger.set_pushed(1)
+    assert seen == [(True, False, True, "")]
+    waiting.answer()
+    assert asker.out.endswith(COUNT_PAIR.pack(1, 0))
+    queue.close()
     partition.close()
