@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from heapq import merge
 from itertools import islice, takewhile
 
 from catchall.engine import lines
@@ -162,9 +165,9 @@ class Ids:
         seconds = self.service_seconds
         self._forget(hash for hash in takewhile(lambda hash: seconds - held[hash][0] > self._window_s, held))
         new, gone = self._new, self._forgotten
-        if new and gone and (both := set(gone).intersection(new)):  # they came and went since the last cut
-            new = [row for row in new if row not in both]
-            gone = [row for row in gone if row not in both]
+        if new and gone and not set(new).isdisjoint(gone):  # some came and went, or went and came, within one second
+            came, went = Counter(new), Counter(gone)
+            new, gone = list((came - went).elements()), list((went - came).elements())
         cut = IdCut(IdChanges(new, gone, seconds), self._repeats)
         self._new, self._forgotten, self._repeats = [], [], 0
         return cut
@@ -175,25 +178,28 @@ class Ids:
         self._forgotten = [*cut.changes.gone, *self._forgotten]
         self._repeats += cut.repeats
 
-    def forget_oldest(self, number_max: int) -> int:
-        """Forget ids that came in the same second as the oldest, at most so many; returns how many. At least one is held."""
-        came = next(iter(self._held.values()))[0]
-        oldest = takewhile(lambda hash: self._held[hash][0] == came, self._held)
-        return self._forget(islice(oldest, number_max))
+    def ages(self, place: int) -> Iterator[tuple[int, int]]:
+        """(minus how many seconds ago it came, place) of every id that is held, oldest first."""
+        seconds = self.service_seconds
+        return ((came - seconds, place) for came, _ in self._held.values())
 
-    def _forget(self, hashes: Iterable[bytes]) -> int:
-        forgotten = list(hashes)
-        for hash in forgotten:
+    def forget_first(self, number: int) -> None:
+        """Forget the oldest so many ids."""
+        self._forget(islice(self._held, number))
+
+    def _forget(self, hashes: Iterable[bytes]) -> None:
+        for hash in list(hashes):
             came, digest = self._held.pop(hash)
             self._forgotten.append((hash, digest, came))
-        return len(forgotten)
 
 
 def forget_oldest(partitions: Sequence[Ids], number_max: int) -> None:
     """Have the partitions of a shard hold no more than so many ids together: the oldest go first, wherever they are."""
     surplus = sum(map(len, partitions)) - number_max
-    while surplus > 0:
-        surplus -= max(partitions, key=lambda ids: ids.oldest_s if len(ids) else -1).forget_oldest(surplus)
+    if surplus > 0:  # one pass: each look at the oldest of a dict steps over all that were taken from its front before
+        oldest = islice(merge(*(ids.ages(place) for place, ids in enumerate(partitions))), surplus)
+        for place, number in Counter(place for _, place in oldest).items():
+            partitions[place].forget_first(number)
 
 
 def window_held(partitions: Sequence[Ids], number_max: int, window_s: float) -> float:
@@ -213,8 +219,10 @@ class Repeats:
 
     def __init__(self, start: int) -> None:
         self.start = start
-        self._offsets: list[int] = []
-        self._counts: list[int] = []
+        self._offsets, self._counts = array("Q"), array("Q")
+
+    def __len__(self) -> int:
+        return len(self._offsets)
 
     def add(self, offset: int, count: int) -> None:
         if len(self._offsets) >= REPEATS_MAX:

@@ -129,23 +129,28 @@ def _succeed(folder: Path, ledger: Ledger, host: str, make: Callable[..., Ledger
         mark.unlink()
         return ledger
     (ids, _), positions, seconds = _ids(ledger), ledger.positions(), ledger.meta.service_seconds
-    ledger.close()
-    if path.with_name(f"{path.name}-wal").exists():
-        raise LedgerFull(f"{path}: what its last flushes wrote beside it could not be moved into it")
-    aside = folder / f"ledger-{time.time_ns()}.superseded"
-    os.link(path, aside)
-    log.error("%s: %s. It is kept as %s; the counts of partition %s begin anew beside what MongoDB has",
-              path, why.strip(), aside.name, folder.name)  # fmt: skip
+    _close_whole(ledger)
     fresh = folder / "ledger.new"
     for left_over in folder.glob("ledger.new*"):
         left_over.unlink()
     successor = make(fresh, component=f"{host}-{secrets.token_hex(4)}", begin=positions)
     successor.write([], {}, [], successor.meta.tallies, IdChanges(ids, (), seconds))
-    successor.close()
+    _close_whole(successor)
+    aside = folder / f"ledger-{time.time_ns()}.superseded"
+    os.link(path, aside)
+    log.error("%s: %s. It is kept as %s; the counts of partition %s begin anew beside what MongoDB has",
+              path, why.strip(), aside.name, folder.name)  # fmt: skip
     fresh.rename(path)
     DISK.sync_folder(str(folder))
     mark.unlink()
     return make(path, component=host, must_exist=True)
+
+
+def _close_whole(ledger: Ledger) -> None:
+    """Close a ledger that is to be renamed: its -wal would stay behind. Raises LedgerFull if there is one left."""
+    ledger.close()
+    if ledger.path.with_name(f"{ledger.path.name}-wal").exists():  # half of it may have been moved: without it, that is damage
+        raise LedgerFull(f"{ledger.path}: what was written beside it could not be moved into it")
 
 
 def _compare(ledger: Ledger, noted: Noted | None, copied: bool) -> int:

@@ -266,7 +266,7 @@ class Partition:
         if len(cold) > names_max // COLD_COST and as_of_ns:
             return base, as_of_ns
         if cold and self.ledger.in_commit:  # to load them would wait for it; a small one is over in a moment
-            small = flight is not None and flight.cut.names <= names_max
+            small = flight is None or flight.cut.names <= names_max
             return None if small or not as_of_ns else (base, as_of_ns)
         counts |= self.load(cold)
         moved = {"catch-all": 0, "not-catch-all": 0, "unknown": 0}

@@ -39,6 +39,7 @@ log = logging.getLogger("catchall.queues")
 
 SLICE = 128 << 10  # bytes of a slice: larger ones count slower, and delay answers
 PAST_SEGMENTS = 64  # retired ones of which it is still known which lines were repeats
+PAST_REPEATS_MAX = 1 << 17  # of them, all together: 16 bytes each
 SPARE_FILES = 64  # descriptors that segments leave to ledgers, sockets and the syncing of folders
 NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # these say nothing about the file
 UNREADABLE = frozenset({errno.EIO, errno.EISDIR, errno.ESPIPE, errno.ELOOP, errno.ENXIO, errno.EUCLEAN})
@@ -322,7 +323,7 @@ class QueueReader:
             if found is not None:
                 self._past[name] = found.repeats
                 found.close()
-        while len(self._past) > PAST_SEGMENTS:
+        while len(self._past) > PAST_SEGMENTS or sum(map(len, self._past.values())) > PAST_REPEATS_MAX:
             del self._past[next(iter(self._past))]
 
     def repeats(self, name: str, start: int, end: int) -> int | None:

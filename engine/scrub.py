@@ -30,9 +30,9 @@ class Scrub:
         self._rows = 0  # how many there are up to there
 
     def step(self) -> bool:
-        """Read the next piece, unless a flush is under way. False: all is done. Raises LedgerDamaged."""
+        """Read the next piece, unless a flush or a commit is under way. False: all is done. Raises LedgerDamaged."""
         partition = self._partition
-        if self._name is not None and partition.flight is None:
+        if self._name is not None and partition.flight is None and not partition.ledger.in_commit:
             rows, self._name = partition.ledger.verify(self._name, ROWS_PER_STEP)
             self._rows += rows
             if self._name is None:

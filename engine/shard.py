@@ -81,13 +81,15 @@ class Shard:
         self._partitions = self._recover()
         self._gauges = Gauges(runtime, number, self._partitions)
         self._ids = [partition.ids for partition in self._partitions]
+        forget_oldest(self._ids, self._settings.ids.max)  # a shard that took over others' may hold far too many
         self._scrubs = [partition.scrub for partition in self._partitions]
         self._by_number = {partition.number: partition for partition in self._partitions}
         self._sockets = Sockets(runtime.run_folder, number, self._epoll)
         mongodb = self._settings.storage.kind == "mongodb"
         self._others = self._make_others() if mongodb else None
         self._pusher = self._make_pusher() if mongodb else None
-        self._reads = Reads(self._by_number, runtime.manifest.partitions, self._others, self._shared_stats)
+        patience = self._settings.server.write_timeout + 1.0  # a worker looks a moment later than that
+        self._reads = Reads(self._by_number, runtime.manifest.partitions, self._others, self._shared_stats, patience)
         self._flusher = ThreadPoolExecutor(1, "flush")
         self._flushing: tuple[Partition, Flush, Future[None]] | None = None
         self._next_flush = time.monotonic() + self._settings.storage.flush_interval

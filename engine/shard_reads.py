@@ -3,7 +3,7 @@
 The requests of one turn are answered together: each partition they touch is listed and drained once, up to what was published
 when they came, so that every one of them sees all that was acknowledged before it was sent. A request waits for a later turn
 when a flush has to make room first, when the row it needs is behind a COMMIT under way, or when MongoDB was asked for what
-other hosts counted.
+other hosts counted. One that nobody waits for any more is dropped: on a full disk nothing can make room for hours.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ STATS_NAMES_MAX = 5000  # pending names of a shard that a statistics request loo
 class _Question:
     """A request about partitions that have to be drained first: COUNTS with its names, KEY, REPEATS."""
 
-    __slots__ = ("asked", "behind", "keys", "names", "numbers", "request")
+    __slots__ = ("asked", "behind", "came", "keys", "names", "numbers", "request")
 
     def __init__(self, request: Request, partitions: int) -> None:
-        self.request = request
+        self.request, self.came = request, time.monotonic()
         self.keys: list[bytes] = []
         self.names: list[str] = []
         if request.kind == COUNTS:
@@ -63,8 +63,9 @@ class _Question:
 class Reads:
     """What is waiting for an answer.
 
-    waiting    anything at all    again    something that can go on without being woken
-    degraded   told to those who ask whether the shard is ready
+    waiting     anything at all    again    something that can go on without being woken
+    degraded    told to those who ask whether the shard is ready
+    patience_s  who asks waits no longer for an answer
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class Reads:
         partition_count: int,
         others: Others | None,
         shared_stats: Callable[[], tuple[Tallies, int] | None],
+        patience_s: float,
     ) -> None:
+        self._patience_s = patience_s
         self._partitions, self._count, self._others, self._shared_stats = partitions, partition_count, others, shared_stats
         self._questions: list[_Question] = []
         self._stats: list[Request] = []
@@ -100,11 +103,14 @@ class Reads:
         """Answer what can be answered now."""
         self.again = False
         if self._questions:
-            questions, self._questions = self._questions, []
+            oldest = time.monotonic() - self._patience_s
+            questions, self._questions = [question for question in self._questions if question.came >= oldest], []
             self._catch_up(questions)
             for question in questions:
-                if question.behind is None or question.behind:
-                    self._later(question, again=True)
+                if question.behind is None:
+                    self._later(question, again=False)
+                elif question.behind:  # where a flush has to make room first, its end wakes the loop
+                    self._later(question, again=not all(self._partitions[number].full for number in question.behind))
                 elif question.request.kind == COUNTS:
                     self._answer(question)
                 else:
@@ -137,13 +143,16 @@ class Reads:
                 unknown.add(number)
             elif ends:
                 arrived[number] = ends
+        more: set[int] = set()  # where there is more to drain than is done in one turn
         for question in questions:
             if question.behind is None and unknown.isdisjoint(question.numbers):
                 question.behind = {n: arrived[n] for n in question.numbers if n in arrived} if arrived else {}
             if question.behind:
                 for number, ends in list(question.behind.items()):  # questions that came together share them
-                    if not ends or self._partitions[number].catch_up(ends):
+                    if not ends or (number not in more and self._partitions[number].catch_up(ends)):
                         del question.behind[number]
+                    else:
+                        more.add(number)
 
     def _later(self, question: _Question, *, again: bool) -> None:
         self._questions.append(question)
@@ -175,7 +184,8 @@ class Reads:
         """Add what other hosts counted. False: MongoDB has to be asked first, and the question waits."""
         assert self._others is not None
         asked = question.asked or {}
-        unknown = {}
+        known: dict[str, int] = {}
+        unknown: dict[str, str] = {}
         for i, (name, number) in enumerate(zip(question.names, question.numbers, strict=True)):
             packed = asked.get(name)
             own = self._partitions[number].ledger.meta.component
@@ -184,10 +194,12 @@ class Reads:
             if packed is None:
                 unknown[name] = own
             else:
+                known[name] = packed
                 counts[i] += packed
         if unknown:
             if question.asked is None:
                 question.asked = self._others.ask(unknown)
+                question.asked.update(known)  # until the others come, they may be too old to be told again
             self._later(question, again=False)
         return not unknown
 

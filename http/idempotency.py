@@ -6,6 +6,7 @@ Order       The key is recorded first, with a digest of the request, and its sha
 Answer      A repeat is answered like the first request. What was counted now and what had been counted before is told in
             headers: Catchall-Counted, Catchall-Duplicate. They are left out when the shard could not be asked in time or had
             died in between: the events are recorded all the same.
+            They tell what was decided and perhaps not yet flushed: a shard that dies decides anew, perhaps in another order.
 Window      [ids] in the settings. Beyond it a repeat is a new request.
 """
 

@@ -358,7 +358,11 @@ class Ledger:
     def set_pushed(self, pushed: int) -> None:
         with self._transaction:
             meta = replace(self.meta, pushed=pushed)
-            self._write_meta(meta, self._positions)
+            self.in_commit = True  # this statement is one
+            try:
+                self._write_meta(meta, self._positions)
+            finally:
+                self.in_commit = False
             self.meta = meta
 
 

@@ -194,6 +194,8 @@ def test_tracebacks_of_the_service_are_told_from_those_of_a_child_that_lost_its_
         (["--kills", "3", "--kinds", "restart"], "restart kills nothing"),
         (["--kills", "0"], "at least 1"),
         (["--stop-seconds", "31"], "at most 30"),
+        (["--kills", "1", "--json", "/proc/nowhere/report.json"], "nothing can be written there"),
+        (["--replicas", "3"], "ask for --storage mongodb"),
     ],
 )
 def test_what_cannot_be_run_is_exit_code_1_and_no_mismatch(

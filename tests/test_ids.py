@@ -11,10 +11,11 @@ import pytest
 from faults import Died, Host, Mortal, Steps, append, counts_of, flush, ledger_counts, settle
 from test_recovery import leave_for_dead
 
-from catchall.engine import ids, lines
+from catchall.engine import ids, lines, queue_reader
 from catchall.engine.event_queue import EventQueue
 from catchall.engine.ids import Ids, Repeats, event_id, forget_oldest, ids_of_request, key_id, request_digest, window_held
 from catchall.engine.pending import Pending
+from catchall.engine.shard_protocol import PLACE
 from catchall.storage.ledger_failures import LedgerFull
 from catchall.storage.ledger_rows import HeldId, IdChanges
 
@@ -216,13 +217,54 @@ def test_an_id_that_came_back_after_it_was_forgotten_stays_in_the_ledger() -> No
     held = new_ids(clock=clock)
     counted(held, line(1))
     held.cut()
-    held.forget_oldest(1)
+    held.forget_first(1)
     failed = held.cut()
     assert failed.changes.gone == [row(1, 0)]
     held.uncut(failed)
     clock.now += 5
     counted(held, line(1))
     assert held.cut().changes == IdChanges([row(1, 5)], [row(1, 0)], 5)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_comes_and_goes_the_ledger_holds_what_memory_holds(seed: int) -> None:
+    """Also what comes, goes and comes again within one second, and across flushes that had no room."""
+    chance, clock, ledger = random.Random(seed), Clock(), dict[bytes, HeldId]()
+    held = new_ids(window_s=3.0, clock=clock)
+    for _ in range(400):
+        what = chance.random()
+        if what < 0.5:
+            counted(held, line(chance.randint(0, 6)))
+        elif what < 0.8:
+            forget_oldest([held], chance.randint(0, 4))
+        elif what < 0.85:
+            clock.now += 1
+        else:
+            cut = held.cut()
+            if chance.random() < 0.3:
+                held.uncut(cut)
+                continue
+            for row in cut.changes.gone:
+                assert ledger.pop(row[0]) == row
+            for row in cut.changes.new:
+                assert ledger.setdefault(row[0], row) is row
+            assert ledger == {hash: (hash, digest, age) for hash, (age, digest) in held._held.items()}
+
+
+def test_what_is_too_many_by_far_is_forgotten_in_one_pass() -> None:
+    """As when a shard takes over the partitions of others: each id came in a second of its own."""
+    clock, looks = Clock(), itertools.count()
+
+    class Watched(Ids):
+        @property
+        def oldest_s(self) -> int:
+            next(looks)
+            return super().oldest_s
+
+    partitions = [Watched([(b"%d %d" % (p, n), None, n) for n in range(500)], 500, window_s=1e9, clock=clock) for p in range(4)]
+    forget_oldest(partitions, 20)
+    assert [[n for _, _, n in ids.cut().changes.gone] for ids in partitions] == [list(range(495))] * 4
+    assert next(looks) <= 4
 
 
 # ---- durable together with the counts
@@ -252,6 +294,24 @@ def test_ids_and_keys_are_known_after_a_restart(tmp_path: Path) -> None:
     settle(partition)
     assert ledger_counts(partition) == wanted(range(12))
     assert partition.ids.digest_of(bytes.fromhex(KEY.decode())) == bytes.fromhex(DIGEST.decode())
+    partition.close()
+
+
+def test_of_repeats_in_retired_segments_so_many_are_remembered_however_many_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_reader, "PAST_REPEATS_MAX", 25)
+    host = Host(tmp_path)
+    partition = host.own()
+    for _ in range(6):
+        queue = host.queue()
+        append(queue, line(1) * 11)
+        place = queue.place(11 * len(line(1)))
+        queue.close()
+        settle(partition)
+    assert sum(map(len, partition.reader._past.values())) == 22
+    _, name, start, end = PLACE.unpack(place)
+    assert partition.reader.repeats(name.hex(), start, end) == 11
     partition.close()
 
 

@@ -12,11 +12,14 @@ from mongod import Connect, Mongo
 from test_mongodb import row
 
 from catchall.engine import others, partition, push
+from catchall.engine.ids import event_id
+from catchall.engine.lines import with_id
 from catchall.engine.metrics_page import MetricsPage, Slot
 from catchall.engine.others import Others
 from catchall.engine.partition import Partition, RecentRows
 from catchall.engine.push import MONGODB_UP, PUSH_FAILURES, Pusher, Superseded
 from catchall.engine.settings import MongoDB
+from catchall.storage.ledger import Ledger, LedgerFull
 from catchall.storage.mongodb import BadMongoURI, MongoCopy, MongoOptions, MongoUnavailable, PushFailed
 from catchall.storage.mongodb_stats import StoredStats
 
@@ -173,6 +176,42 @@ def test_a_superseded_ledger_hands_its_positions_on_and_sets_nothing_aside_in_it
         second.close()
     assert not list(tmp_path.glob("00/q/*.corrupt"))
     assert len(list(tmp_path.glob("00/ledger-*.superseded"))) == 1
+    queue.close()
+
+
+@pytest.mark.parametrize("which", ["ledger.db", "ledger.new"])
+def test_a_disk_that_fills_while_a_superseded_ledger_is_replaced_only_delays_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """SQLite does not say that a close could not move the -wal into its file; renamed without it, the file would be damaged."""
+    host = Host(tmp_path)
+    queue, first = host.queue(), host.own()
+    event = with_id(b"+a.example\n", event_id("1", b"+", b"a.example"))
+    append(queue, event)
+    settle(first)
+    first.supersede("a later state is known")
+    first.close()
+    close = Ledger.close
+
+    def leave_its_wal(ledger: Ledger) -> None:
+        wal = ledger.path.with_name(f"{ledger.path.name}-wal")
+        written = wal.read_bytes() if wal.exists() else b""
+        close(ledger)
+        if ledger.path.name == which:
+            wal.write_bytes(written)
+
+    with monkeypatch.context() as full:
+        full.setattr(Ledger, "close", leave_its_wal)
+        for _ in range(3):
+            with pytest.raises(LedgerFull):
+                host.own()
+    second = host.own()
+    append(queue, event + b"+b.example\n")
+    settle(second)
+    assert ledger_counts(second) == {"b.example": (1, 0)}
+    assert not list(tmp_path.glob("00/**/*.corrupt"))
+    assert len(list(tmp_path.glob("00/ledger-*.superseded"))) == 1
+    second.close()
     queue.close()
 
 

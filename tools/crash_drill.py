@@ -13,6 +13,7 @@ Last line   lost=0 doubled=0 ambiguous=0, in events
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shlex
 import shutil
@@ -157,7 +158,11 @@ def working_folder(wanted: Path | None, keep: bool) -> Iterator[Path]:
 
 
 def plan_of(args: argparse.Namespace, kinds: Sequence[Kind]) -> list[Planned]:
-    """Raises CannotRun if a kind was asked for that cannot be had."""
+    """Raises CannotRun if something was asked for that cannot be had."""
+    if args.json is not None and not os.access(args.json.absolute().parent, os.W_OK):  # now, and not after hours
+        raise CannotRun(f"--json {args.json}: nothing can be written there")
+    if args.replicas > 1 and args.storage != "mongodb":
+        raise CannotRun("--replicas: ask for --storage mongodb")
     wanted = args.kinds.split(",") if args.kinds else [kind.name for kind in kinds if kind.kills or not args.kills]
     for name in wanted:
         if name not in [kind.name for kind in kinds]:
