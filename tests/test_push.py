@@ -19,7 +19,8 @@ from catchall.engine.others import Others
 from catchall.engine.partition import Partition, RecentRows
 from catchall.engine.push import MONGODB_UP, PUSH_FAILURES, Pusher, Superseded
 from catchall.engine.settings import MongoDB
-from catchall.storage.ledger import Ledger, LedgerFull
+from catchall.storage.ledger import Ledger
+from catchall.storage.ledger_failures import LedgerFull
 from catchall.storage.mongodb import BadMongoURI, MongoCopy, MongoOptions, MongoUnavailable, PushFailed
 from catchall.storage.mongodb_stats import StoredStats
 
