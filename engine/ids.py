@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -159,9 +160,9 @@ class Ids:
         seconds = self.service_seconds
         self._forget(hash for hash in takewhile(lambda hash: seconds - held[hash][0] > self._window_s, held))
         new, gone = self._new, self._forgotten
-        if new and gone and (both := set(gone).intersection(new)):  # they came and went since the last cut
-            new = [row for row in new if row not in both]
-            gone = [row for row in gone if row not in both]
+        if new and gone and not set(gone).isdisjoint(new):  # some came and went since the last cut, perhaps more than once
+            came, went = Counter(new), Counter(gone)
+            new, gone = list(came - went), list(went - came)
         cut = IdCut(IdChanges(new, gone, seconds), self._repeats)
         self._new, self._forgotten, self._repeats = [], [], 0
         return cut

@@ -224,6 +224,20 @@ def test_an_id_that_came_back_after_it_was_forgotten_stays_in_the_ledger() -> No
     assert held.cut().changes == IdChanges([row(1, 5)], [row(1, 0)], 5)
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["new", "saved before"])
+@pytest.mark.parametrize("moves", range(1, 6))
+def test_an_id_that_comes_and_goes_within_one_second_is_saved_if_it_is_held_at_the_cut(moves: int, saved: bool) -> None:
+    held = new_ids([row(1, 0)] if saved else [], clock=Clock())
+    for _ in range(moves):
+        if len(held):
+            held.forget_oldest(1)
+        else:
+            counted(held, line(1))
+    changes = held.cut().changes
+    assert saved + len(changes.new) - len(changes.gone) == len(held)
+    assert {*changes.new, *changes.gone} <= {row(1, 0)}
+
+
 # ---- durable together with the counts
 
 
