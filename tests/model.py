@@ -239,12 +239,6 @@ class World:
             machine.kill(shard)
         machine.shard_count = shard_count
 
-    def supersede(self, machine: Machine, p: int) -> None:
-        machine.supersede(p)
-
-    def forget(self, machine: Machine, p: int, number_max: int) -> None:
-        machine.forget(p, number_max)
-
     # ---- MongoDB and power
 
     def outage(self) -> None:
@@ -348,7 +342,7 @@ class World:
             if which in refused:
                 assert ids.isdisjoint(books.sent.ids) or not untorn, "nothing of a refused request is recorded"
             elif machine.let_go.isdisjoint(again.hashes):
-                assert ids <= books.acknowledged.ids.keys()
+                assert ids <= books.acknowledged.ids.keys(), "what was answered in the end is in the books"
         for key in ((name, sign) for name in ONCE for sign in "+-"):
             assert books.acknowledged.counts[key] == books.sent.counts[key], "so the bounds of what is counted have met"
 

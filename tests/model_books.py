@@ -150,7 +150,8 @@ class Books:
         """
         events = {hash for hash, digest in held.items() if digest is None}
         assert events <= self.sent.ids.keys(), "an id that was never recorded"
-        assert all(self.keys.get(key, digest) == digest for key, digest in held.items() if digest is not None) or cut
+        other = {key for key, digest in held.items() if digest is not None and self.keys.get(key, digest) != digest}
+        assert cut or not other, "a key stands for one request"
         least, most = self._standing_for(events), self._standing_for(events | self.forgotten)
         for key in ((name, sign) for name in names if name in ONCE for sign in "+-"):
             told = f"{counted[key]} of {key} are counted, and ids are held for {least[key]} to {most[key]}"

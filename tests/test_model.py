@@ -83,9 +83,9 @@ class Service(RuleBasedStateMachine):
     def lose(self, host: int, partition: int, number_max: int | None) -> None:
         """Ids, because there is no room for more of them; or the whole ledger, because a later state of it is known."""
         if number_max is None:
-            self.world.supersede(self.at(host), partition)
+            self.at(host).supersede(partition)
         else:
-            self.world.forget(self.at(host), partition, number_max)
+            self.at(host).forget(partition, number_max)
 
     @rule(host=hosts, writer=numbers, fails=st.sampled_from((False, False, False, True)), trouble=troubles)
     def sync(self, host: int, writer: int, fails: bool, trouble: Trouble | None) -> None:
