@@ -9,8 +9,8 @@ import test_ids
 import test_keys
 import test_model
 import test_recovery
+from canaries import FOUND, Check, broken
 from hypothesis.stateful import run_state_machine_as_test
-from test_canaries import FOUND, Check, broken, caught  # noqa: F401
 
 from catchall.engine import ledger_opening
 from catchall.engine.flush import Flush
