@@ -7,7 +7,8 @@ Ids          An event with an id is in a book once, however often it is sent: so
              last, the two bounds meet, and counted is exactly that. Of ONCE, the names that have no other events, the ledger
              counts at any time what the ids stand for that it holds. No power cut takes one without the other.
 Keys         What was once said to be a key's request is said again. Of the others that use it nothing may be counted: their
-             events are in no book.
+             events are in no book. The limit of it: of several requests with one key, an owner that dies before it has
+             committed which one it is (`loose`) may be followed by one that reads their lines in another order (`changed`).
 Forgotten    An id that the window let go may count again. Requests with one are not sent again, and its count stays.
 """
 
@@ -68,9 +69,13 @@ class Request:
         return {p: b"".join(line.text for line in part) for p, part in self.parts.items()}
 
     @property
+    def events(self) -> set[bytes]:
+        """Ids of them."""
+        return {line.id for part in self.parts.values() for line in part if line.id is not None}
+
+    @property
     def hashes(self) -> set[bytes]:
-        held = {line.id for part in self.parts.values() for line in part if line.id is not None}
-        return held if self.claim is None else {*held, self.claim.held[0]}
+        return self.events if self.claim is None else {*self.events, self.claim.held[0]}
 
 
 def request(events: list[Event]) -> Request:
@@ -130,6 +135,9 @@ class Books:
         self.seen: Counter[Key] = Counter()
         self.kept_ids: set[bytes] = set()  # a commit that returned holds them
         self.keys: dict[bytes, bytes] = {}  # key -> digest, as it was told
+        self.claims: dict[bytes, set[bytes]] = {}  # key -> digests that were recorded for it
+        self.loose: set[bytes] = set()
+        self.changed: set[bytes] = set()
         self.forgotten: set[bytes] = set()  # of what was counted, whether a ledger holds it or not
         self.without: Counter[Key] = Counter()  # what was counted and has no id any more
 
@@ -138,9 +146,17 @@ class Books:
         for key in ((name, sign) for name in names for sign in "+-"):
             assert least[key] <= counted[key] <= most[key], f"{who}: {least[key]} <= {counted[key]} <= {most[key]} of {key}"
 
+    def claim(self, key: bytes, digest: bytes) -> None:
+        """A line is recorded, whatever comes of it."""
+        self.claims.setdefault(key, set()).add(digest)
+
     def tell(self, key: bytes, digest: bytes | None) -> None:
-        """What a key was said to stand for, after all that was published was drained."""
-        assert digest is not None, "a key that was recorded is known"
+        """What a key is said to stand for, after all that was published was drained; or what a ledger holds of it."""
+        assert digest in self.claims[key], "a key that was recorded is known, and stands for a request that used it"
+        if key in self.loose and self.keys[key] != digest:
+            self.keys[key] = digest
+            self.changed.add(key)
+        self.loose.discard(key)
         assert self.keys.setdefault(key, digest) == digest, "a key stands for one request"
 
     def check_ids(self, held: dict[bytes, bytes | None], counted: Counter[Key], names: list[str], cut: bool = False) -> None:
@@ -150,8 +166,9 @@ class Books:
         """
         events = {hash for hash, digest in held.items() if digest is None}
         assert events <= self.sent.ids.keys(), "an id that was never recorded"
-        other = {key for key, digest in held.items() if digest is not None and self.keys.get(key, digest) != digest}
-        assert cut or not other, "a key stands for one request"
+        for key, digest in held.items():
+            if digest is not None and not cut:
+                self.tell(key, digest)
         least, most = self._standing_for(events), self._standing_for(events | self.forgotten)
         for key in ((name, sign) for name in names if name in ONCE for sign in "+-"):
             told = f"{counted[key]} of {key} are counted, and ids are held for {least[key]} to {most[key]}"
@@ -168,8 +185,9 @@ class Books:
         assert self.kept_ids - self.forgotten <= held.keys(), "an id that was committed is gone"
         if always:
             assert self.acknowledged.ids.keys() - self.forgotten <= held.keys(), "an id that was acknowledged is gone"
-            told = {key for key in self.keys if key not in self.forgotten}
+            told = self.keys.keys() - self.forgotten - self.loose
             assert all(held.get(key) == self.keys[key] for key in told), "a key that was told stands for another request"
+        self.loose = set()
         self.keys = {key: digest for key, digest in held.items() if digest is not None}
         ids = {hash: self.sent.ids[hash] for hash, digest in held.items() if digest is None}
         for book in (self.acknowledged, self.sent, self.synced):

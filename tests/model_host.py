@@ -122,6 +122,7 @@ class Machine:
         claim = request.claim
         if claim is not None:
             key, digest = claim.held
+            self.books.claim(key, digest)
             if not self._record(writer, {claim.partition: claim.line}, {}):
                 return False
             if writer.staged and not self.commit_group(writer):
@@ -233,6 +234,9 @@ class Machine:
         process.bury()
         if isinstance(process, Shard):
             self.shards.remove(process)
+            for partition in process.partitions.values():
+                new = [*partition.ids._new, *(partition.flight.ids.changes.new if partition.flight is not None else ())]
+                self.books.loose.update(hash for hash, _, _ in new if hash in self.books.keys)
         else:
             self.writers = {n: writer for n, writer in self.writers.items() if writer is not process}
 
