@@ -21,7 +21,7 @@ from model_books import NAMES, ONCE, PARTITIONS, Event
 
 LONG = int(os.environ.get("CATCHALL_MODEL_EXAMPLES", "0"))
 SETTINGS = settings(
-    max_examples=LONG or 80,
+    max_examples=LONG or 60,
     stateful_step_count=60 if LONG else 40,
     deadline=None,
     derandomize=not LONG,
