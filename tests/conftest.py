@@ -1,4 +1,4 @@
-"""Fixtures of all tests: MongoDB servers (mongod.py) and services (service.py)."""
+"""Fixtures of all tests: MongoDB servers (mongod.py), services (service.py) and canaries (canaries.py)."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from canaries import caught  # noqa: F401
 from mongod import connect_copy, mongo, mongo_database, own_mongo, own_standalone  # noqa: F401
 from service import HTTP_LIMITS, Client, Service
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from faults import Died, flush, ledger_counts, settle
-from model_host import NAMES, PARTITIONS, Event, Key, Machine, Shard, Writer, by_key
+from model_books import PARTITIONS, Event, Key, request, request_with_ids
+from model_host import Machine, Shard, Writer, by_key, held_by
 from mongo_stand_in import MemoryCopy, MemoryServer, push
 
 from catchall.engine.partition import Partition
+from catchall.engine.rules import partition_of
 from catchall.storage.mongodb import MongoUnavailable
 
 
@@ -65,7 +67,9 @@ class World:
         elif what == "outage":
             self.outage()
         elif isinstance(process, Writer):
-            if what == "kill other":
+            if what == "resend":
+                self.resend(machine, next(n for n in range(3) if machine.writers.get(n) is not process), -1)
+            elif what == "kill other":
                 self.kill_shard(machine, 0)
             elif what in ("flush", "append"):
                 for p in range(PARTITIONS):
@@ -75,6 +79,8 @@ class World:
                 machine.check_read(number)
         elif what == "append":
             self.append(machine, number, [(number, "+", 1), (1 - number, "+", 1), (3, "-", 2)])
+        elif what == "resend":
+            self.resend(machine, number, -1)
         elif what == "close":  # with a last request
             self.append(machine, number, [(number, "+", 1)])
             self.close(machine, number)
@@ -93,7 +99,7 @@ class World:
                         flush(partition)
 
     _looping = _pushing = False
-    MEANWHILE = ("append", "close", "kill other", "read", "flush", "restore", "outage", "no answer")
+    MEANWHILE = ("append", "resend", "close", "kill other", "read", "flush", "restore", "outage", "no answer")
 
     # ---- writers
 
@@ -104,7 +110,23 @@ class World:
 
     def append(self, machine: Machine, number: int, events: list[Event], trouble: Trouble | None = None) -> None:
         writer = self._writer(machine, number)
-        self._do(machine, writer, trouble, lambda: machine.append(writer, events))
+        self._do(machine, writer, trouble, lambda: machine.send(writer, request(events)))
+
+    def send_with_ids(
+        self, machine: Machine, number: int, events: list[Event], key: int | None, trouble: Trouble | None = None
+    ) -> None:
+        machine.requests.append(request_with_ids(events, len(machine.requests), key))
+        self.resend(machine, number, -1, trouble)
+
+    def resend(self, machine: Machine, number: int, which: int, trouble: Trouble | None = None) -> None:
+        """Any request with ids, however it ended before and whoever had it."""
+        if not machine.requests:
+            return
+        again = machine.requests[which % len(machine.requests)]
+        busy = again.claim is not None and self._looping  # a shard whose loop is busy does not answer
+        if machine.let_go.isdisjoint(again.hashes) and not busy:
+            writer = self._writer(machine, number)
+            self._do(machine, writer, trouble, lambda: machine.send(writer, again))
 
     def sync(self, machine: Machine, number: int, fails: bool = False, trouble: Trouble | None = None) -> None:
         """The periodic sync, or under `always` the group's."""
@@ -235,20 +257,20 @@ class World:
         for power in machine.power:
             power.cut(self.draw)
         machine.boots += 1
-        self.settle(machine, machine.books.synced | machine.books.kept)
+        self.settle(machine, machine.books.synced.counts | machine.books.kept, cut=True)
         counted: Counter[Key] = Counter()
+        held: dict[bytes, bytes | None] = {}
         for shard in machine.shards:
-            for partition in shard.partitions.values():
-                counted |= by_key(ledger_counts(partition))
+            for p, partition in shard.partitions.items():
+                counted |= machine.counted(p, partition)
+                held |= held_by(partition)
                 self.check_copy(partition, equal=False)
                 assert partition.reader.corrupt_files == 0 or machine.policy == "never", "a power cut is no damage"
-        machine.books.begin_anew(counted)
-        for process in machine.writers.values():
-            process.unsynced = [Counter() for _ in range(PARTITIONS)]
+        machine.books.begin_anew(counted, held, machine.policy == "always")
 
     # ---- quiescence
 
-    def settle(self, machine: Machine, least: Counter[Key] | None = None) -> None:
+    def settle(self, machine: Machine, least: Counter[Key] | None = None, cut: bool = False) -> None:
         """Every partition is owned, and everything published is flushed."""
         for process in [*machine.writers.values(), *machine.shards]:
             process.steps.full = False
@@ -261,13 +283,14 @@ class World:
             assert shard is not None, "no lock is left"
             self.run(machine, p)
             settle(shard.partitions[p])
-            machine.check_ledger(p, shard.partitions[p], machine.books.acknowledged if least is None else least)
+            machine.check_ledger(p, shard.partitions[p], machine.books.acknowledged.counts if least is None else least, cut)
 
     def finish(self) -> None:
         """Everything ends or dies, and begins again: the books balance everywhere, and nothing is left over."""
         self.up = True
         total: Counter[Key] = Counter()
         for machine in self.machines:
+            refused = self.resend_all(machine)
             for number in list(machine.writers):
                 (self.close if self.draw.random() < 0.5 else self.kill_writer)(machine, number)
             if killed := self.draw.random() < 0.5:
@@ -284,10 +307,42 @@ class World:
                 self.check_copy(partition, equal=True)
                 total += by_key(ledger_counts(partition))
                 assert not partition.ledger.positions(), "at rest there is no row of a segment"
+            self.check_once(machine, refused)
             left = {path.suffix for path in machine.host.root.rglob("q/*")} - {".corrupt"}
             assert left <= (set() if killed else {".tmp"}), "at rest there is no segment"
-        copied = MemoryCopy(self.server).others(NAMES, lambda _: "none")
-        assert by_key(copied) == total, "MongoDB has the sum of all hosts"
+        over = set().union(*(machine.components_over for machine in self.machines))
+        copied: Counter[Key] = Counter()
+        for name, document in self.server.documents.items():
+            p = partition_of(name.encode(), PARTITIONS)
+            for field, sign in (("delivered", "+"), ("bounced", "-")):
+                copied[name, sign] += sum(n for component, n in document.get(field, {}).items() if (component, p) not in over)
+        assert +copied == total, "MongoDB has the sum of all hosts, but for ledgers that are over"
+
+    def resend_all(self, machine: Machine) -> set[int]:
+        """Send all requests with ids until they are answered. Returns those whose key stands for another request."""
+        self.settle(machine)
+        refused = set()
+        for which, again in enumerate(machine.requests):
+            writer = self._writer(machine, self.draw.randrange(2))
+            assert not writer.staged or machine.commit_group(writer)
+            if machine.let_go.isdisjoint(again.hashes) and not machine.send(writer, again):
+                assert again.claim is not None, "there is room, and nobody dies"
+                key, digest = again.claim.held
+                assert machine.books.keys[key] != digest, "only a key that stands for another request is refused"
+                refused.add(which)
+            assert not writer.staged or machine.commit_group(writer)
+        return refused
+
+    def check_once(self, machine: Machine, refused: set[int]) -> None:
+        """Everything with an id was acknowledged at last: so it is counted once, and what was refused is not counted."""
+        books, excused = machine.books, set[bytes]()
+        untorn = machine.boots == 1 or machine.policy == "always"  # else a power cut may have taken a key and left its events
+        for which, again in enumerate(machine.requests):
+            if which not in refused and machine.let_go.isdisjoint(again.hashes):
+                assert again.events <= books.acknowledged.ids.keys(), "what was answered in the end is in the books"
+            elif which not in refused or not untorn or not books.changed.isdisjoint(again.hashes):
+                excused |= again.events
+        assert books.sent.ids.keys() - books.acknowledged.ids.keys() <= excused, "the bounds of what is counted have met"
 
     def bury(self) -> None:
         for machine in self.machines:

@@ -1,11 +1,7 @@
 """One host of the model: its data folder, its writers and shard processes, and the books of what it was sent.
 
 The modules are the real ones: EventQueue, Partition, Flush. Power cuts are those of power.py; model.py puts hosts together.
-
-Books        For every name: acknowledged <= counted <= sent, for reads, ledgers and tallies. `sent` is what was acknowledged
-             and what is ambiguous: its writer died, or its sync failed, before the answer. No power cut may take what was
-             `synced` or, the highest count that was committed, what was `kept`; `seen` is the highest that a read returned.
-Events with ids belong into `Machine.lines_of` and, as a set of ids for each key beside its counts, into Books.
+The books are in model_books.py. Superseded ledgers are over, and what they counted stays: it is in `Machine.over`.
 """
 
 from collections import Counter
@@ -13,47 +9,28 @@ from contextlib import suppress
 from pathlib import Path
 
 from faults import NOW, Host, Steps, flush, leave_for_dead, ledger_counts, loads_are_steps, make_mortal
+from model_books import NAMES_OF, PARTITIONS, Books, Key, Line, Request
 from power import Power
 
 from catchall.engine.data_folder import queue_folder
 from catchall.engine.disk import DISK
 from catchall.engine.event_queue import EventQueue, OpenSegment
+from catchall.engine.ids import forget_oldest
 from catchall.engine.partition import Partition, lock_partition
-from catchall.engine.rules import partition_of, shard_of, status
+from catchall.engine.rules import shard_of, status
 from catchall.storage.counts import unpack
 from catchall.storage.ledger_rows import Tallies
 
-PARTITIONS = 2
 THRESHOLD = 10
-NAMES = [f"n{i}.example" for i in range(6)]
-NAMES_OF = [[name for name in NAMES if partition_of(name.encode(), PARTITIONS) == p] for p in range(PARTITIONS)]
-
-Event = tuple[int, str, int]  # which name, "+" or "-", count
-Key = tuple[str, str]  # name, "+" or "-"
-
-
-class Books:
-    def __init__(self) -> None:
-        self.acknowledged: Counter[Key] = Counter()
-        self.sent: Counter[Key] = Counter()
-        self.synced: Counter[Key] = Counter()
-        self.kept: Counter[Key] = Counter()
-        self.seen: Counter[Key] = Counter()
-
-    def check(self, counted: Counter[Key], least: Counter[Key], who: str, names: list[str] = NAMES) -> None:
-        for key in ((name, sign) for name in names for sign in "+-"):
-            told = f"{who}: {least[key]} <= {counted[key]} <= {self.sent[key]} of {key}"
-            assert least[key] <= counted[key] <= self.sent[key], told
-
-    def begin_anew(self, counted: Counter[Key]) -> None:
-        """After a power cut: what it took is gone for good, and what it left stays."""
-        for book in (self.acknowledged, self.sent, self.synced, self.kept, self.seen):
-            book.clear()
-            book.update(counted)
 
 
 def by_key(counts: dict[str, tuple[int, int]]) -> Counter[Key]:
     return Counter({(name, sign): n for name, pair in counts.items() for sign, n in zip("+-", pair, strict=True) if n})
+
+
+def held_by(partition: Partition) -> dict[bytes, bytes | None]:
+    """The ids that a partition holds, and of those that are keys the digests."""
+    return {hash: digest for hash, (_, digest) in partition.ids._held.items()}
 
 
 def recount(counted: Counter[Key], names: list[str]) -> Tallies:
@@ -67,8 +44,8 @@ class Writer:
     def __init__(self, machine: "Machine") -> None:
         self.steps = Steps()
         self.held: list[OpenSegment] = []
-        self.unsynced: list[Counter[Key]] = [Counter() for _ in range(PARTITIONS)]  # acknowledged, and nothing says it is safe
-        self.staged: list[dict[int, Counter[Key]]] = []  # requests, by partition
+        self.unsynced: list[list[Line]] = [[] for _ in range(PARTITIONS)]  # acknowledged, and nothing says it is safe
+        self.staged: list[tuple[dict[int, bytes], dict[int, list[Line]]]] = []  # requests: their lines, and what they are
         self.queues = [self._queue(machine, partition) for partition in range(PARTITIONS)]
 
     def _queue(self, machine: "Machine", partition: int) -> EventQueue:
@@ -125,6 +102,10 @@ class Machine:
         self.writers: dict[int, Writer] = {}
         self.shards: list[Shard] = []
         self.books = Books()
+        self.over: list[Counter[Key]] = [Counter() for _ in range(PARTITIONS)]  # what superseded ledgers counted
+        self.components_over: set[tuple[str, int]] = set()  # with the partition
+        self.requests: list[Request] = []  # those with ids, whatever became of them
+        self.let_go: set[bytes] = set()  # ids that were forgotten; what has one is not sent again
 
     @property
     def boot(self) -> bytes:
@@ -136,60 +117,71 @@ class Machine:
 
     # ---- writers
 
-    @staticmethod
-    def lines_of(events: list[Event]) -> tuple[dict[int, bytes], dict[int, Counter[Key]]]:
-        """One request: (lines, what they count), by partition."""
-        blobs: dict[int, bytes] = {}
-        counts: dict[int, Counter[Key]] = {}
-        for which, sign, count in events:
-            name = NAMES[which]
-            partition = partition_of(name.encode(), PARTITIONS)
-            line = f"{sign}{name}\n" if count == 1 else f"{sign}{name} {count}\n"
-            repeats = 30 if which % 2 else 1  # some requests fill segments
-            blobs[partition] = blobs.get(partition, b"") + line.encode() * repeats
-            counts.setdefault(partition, Counter())[name, sign] += count * repeats
-        return blobs, counts
+    def send(self, writer: Writer, request: Request) -> bool:
+        """One request as the HTTP front handles it: first its key is claimed, if it has one. False: its events were refused."""
+        claim = request.claim
+        if claim is not None:
+            key, digest = claim.held
+            self.books.claim(key, digest)
+            if not self._record(writer, {claim.partition: claim.line}, {}):
+                return False
+            if writer.staged and not self.commit_group(writer):
+                return False
+            told = self.digest_of(claim.partition, key)
+            if told != digest:
+                return False
+        return self._record(writer, request.blobs, request.parts)
 
-    def append(self, writer: Writer, events: list[Event]) -> None:
-        blobs, counts = self.lines_of(events)
+    def digest_of(self, p: int, key: bytes) -> bytes | None:
+        """What a shard answers that is asked for a key; None if it cannot be asked now."""
+        shard = self.owner(p)
+        if shard is None or not self.caught_up(shard.partitions[p]):
+            return None
+        digest = shard.partitions[p].ids.digest_of(key)
+        self.books.tell(key, digest)
+        return digest
+
+    def _record(self, writer: Writer, blobs: dict[int, bytes], parts: dict[int, list[Line]]) -> bool:
         always = self.policy == "always"
         if always and writer.staged:
             if not all(writer.queues[p].room_now(len(lines)) for p, lines in blobs.items()):
-                return
+                return False
         else:
             for p, lines in blobs.items():
                 if not writer.queues[p].room(len(lines)):
                     try:
                         writer.queues[p].install(writer.queues[p].make(len(lines)))
                     except OSError:
-                        return  # refused: nothing was touched
-        for part in counts.values():
-            self.books.sent += part
+                        return False  # refused: nothing was touched
+        for part in parts.values():
+            self.books.sent.add(part)
         for p, lines in blobs.items():
             assert (writer.queues[p].stage if always else writer.queues[p].append)(lines), "there was room"
         if always:
-            writer.staged.append(counts)
-            return
-        for p, part in counts.items():
-            self.books.acknowledged += part
+            writer.staged.append((blobs, parts))
+            return True
+        for p, part in parts.items():
+            self.books.acknowledged.add(part)
             writer.unsynced[p] += part
+        return True
 
-    def commit_group(self, writer: Writer) -> None:
-        """Policy `always`: sync what was staged, publish it, acknowledge it."""
+    def commit_group(self, writer: Writer) -> bool:
+        """Policy `always`: sync what was staged, publish it, acknowledge it. False: not all of it."""
         group, writer.staged = writer.staged, []
         failed = set()
-        for p in sorted({p for counts in group for p in counts}):
+        for p in sorted({p for blobs, _ in group for p in blobs}):
             try:
                 writer.queues[p].sync_staged()
                 writer.queues[p].publish()
             except OSError:
                 failed.add(p)
                 writer.queues[p].abandon()
-        for counts in group:
-            if failed.isdisjoint(counts):
-                for part in counts.values():
-                    self.books.acknowledged += part
-                    self.books.synced += part
+        for blobs, parts in group:
+            if failed.isdisjoint(blobs):
+                for part in parts.values():
+                    self.books.acknowledged.add(part)
+                    self.books.synced.add(part)
+        return not failed
 
     def sync(self, writer: Writer) -> None:
         for p, queue in enumerate(writer.queues):
@@ -197,7 +189,7 @@ class Machine:
                 queue.tidy()
                 if self.policy == "interval":
                     queue.sync()
-                    self.books.synced += writer.unsynced[p]
+                    self.books.synced.add(writer.unsynced[p])
             except OSError:
                 if self.policy == "interval":
                     queue.abandon()
@@ -210,7 +202,7 @@ class Machine:
             with suppress(OSError):
                 queue.close()
                 if self.policy == "interval":
-                    self.books.synced += writer.unsynced[p]
+                    self.books.synced.add(writer.unsynced[p])
         del self.writers[number]
 
     # ---- owners
@@ -242,6 +234,9 @@ class Machine:
         process.bury()
         if isinstance(process, Shard):
             self.shards.remove(process)
+            for partition in process.partitions.values():
+                new = [*partition.ids._new, *(partition.flight.ids.changes.new if partition.flight is not None else ())]
+                self.books.loose.update(hash for hash, _, _ in new if hash in self.books.keys)
         else:
             self.writers = {n: writer for n, writer in self.writers.items() if writer is not process}
 
@@ -256,37 +251,76 @@ class Machine:
         loads_are_steps(partition.reader, shard.steps)
         partition.drain(bytes_max)
 
+    @staticmethod
+    def caught_up(partition: Partition) -> bool:
+        """Have everything drained that is published. False: a read would have to wait."""
+        while not partition.catch_up():
+            if partition.flight is not None or flush(partition).full is not None:
+                return False
+        return True
+
     def check_read(self, p: int) -> None:
         """A read of all names of a partition, and of its statistics."""
         shard = self.owner(p)
         if shard is None:
             return
         partition, books = shard.partitions[p], self.books
-        least = books.acknowledged | books.seen
-        while not partition.catch_up():
-            if partition.flight is not None:
-                return  # it waits for the flush under way
-            if flush(partition).full is not None:
-                return
+        least = books.acknowledged.counts | books.seen
+        if not self.caught_up(partition):
+            return
         read: dict[str, tuple[int, int]] = {}
         for name in NAMES_OF[p]:
             packed = partition.known(name, name.encode())
             read[name] = unpack(partition.load({name: name.encode()})[name] if packed is None else packed)
-        counted = by_key(read)
+        counted = by_key(read) + self.over[p]
         books.check(counted, least, "read", NAMES_OF[p])
         books.seen |= counted
         if self.policy == "always":
             books.kept |= counted
         tallies = partition.tallies(5000, 1)
         if tallies is not None and tallies[1] == 1:  # as of now
-            assert tallies[0] == recount(counted, NAMES_OF[p]), "statistics"
+            assert tallies[0] == recount(by_key(read), NAMES_OF[p]), "statistics"
 
-    def check_ledger(self, p: int, partition: Partition, least: Counter[Key]) -> None:
+    def forget(self, p: int, number_max: int) -> None:
+        """The window of ids is full. Only when no line is under way whose id could be one of those that go."""
+        shard = self.owner(p)
+        if shard is None or any(writer.staged for writer in self.writers.values()):
+            return
+        partition = shard.partitions[p]
+        if self.caught_up(partition):
+            before = set(partition.ids._held)
+            forget_oldest([partition.ids], number_max)
+            gone = before - partition.ids._held.keys()
+            self.books.forgotten |= gone
+            self.let_go |= gone
+
+    def supersede(self, p: int) -> None:
+        """MongoDB knows a later state of a ledger: its process ends, and the next one begins a new ledger in its place."""
+        shard = self.owner(p)
+        if shard is not None:
+            partition = shard.partitions[p]
+            self.over[p] += by_key(ledger_counts(partition))
+            self.components_over.add((partition.ledger.meta.component, p))
+            partition.supersede("a later state is known")
+            self.kill(shard)
+
+    def counted(self, p: int, partition: Partition) -> Counter[Key]:
+        return by_key(ledger_counts(partition)) + self.over[p]
+
+    def check_ledger(self, p: int, partition: Partition, least: Counter[Key], cut: bool = False) -> None:
         """Everything was flushed."""
-        rows = ledger_counts(partition)
-        self.books.check(by_key(rows), least, "ledger", NAMES_OF[p])
-        assert partition.ledger.meta.tallies == recount(by_key(rows), NAMES_OF[p]), "tallies"
-        self.books.kept |= by_key(rows)
+        counted, books = self.counted(p, partition), self.books
+        books.check(counted, least, "ledger", NAMES_OF[p])
+        assert partition.ledger.meta.tallies == recount(by_key(ledger_counts(partition)), NAMES_OF[p]), "tallies"
+        books.kept |= counted
+        table, intact = partition.ledger.ids()
+        assert intact, "the ids of a ledger do not match their check"
+        held = held_by(partition)
+        assert {hash: (age, digest) for hash, digest, age in table} == partition.ids._held, "ids in memory and in the ledger"
+        assert len(table) == len(held)
+        books.check_ids(held, counted, NAMES_OF[p], cut)
+        if not cut:
+            books.kept_ids |= held.keys()
         for piece in partition.ledger.scan(0):
             for _, _, _, *times in piece:
                 assert all(at == 0 or abs(at - NOW) < 10_000_000 for at in times), "a time that no clock showed"

@@ -7,7 +7,6 @@ the very function that guards the rule.
 
 import random
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import test_model
 import test_power_cuts
 import test_push_deaths
 import test_recovery
+from canaries import FOUND, Check, broken
 from hypothesis.stateful import run_state_machine_as_test
 from mongo_stand_in import push
 
@@ -26,37 +26,10 @@ from catchall.engine.disk import Disk, try_lock
 from catchall.engine.event_queue import EventQueue, OpenSegment
 from catchall.engine.flush import Flush
 from catchall.engine.partition import Partition
-from catchall.engine.push import Superseded
 from catchall.engine.queue_reader import QueueReader
 from catchall.engine.segment import PUBLISHED, SEALED
 from catchall.storage.ledger import Ledger
 from catchall.storage.mongodb import Fence
-
-FOUND = (AssertionError, Superseded)
-
-Check = Callable[[int], None]
-
-
-@pytest.fixture
-def caught(tmp_path: Path, record_property: Callable[[str, object], None]) -> Callable[[Check, int], None]:
-    """Run a check up to so many times, each in a folder of its own, until it fails. --junit-xml keeps what it found."""
-
-    def run(check: Check, tries: int) -> None:
-        for number in range(1, tries + 1):
-            (tmp_path / str(number)).mkdir()
-            try:
-                check(number)
-            except FOUND as found:
-                record_property("found", f"at try {number}: {type(found).__name__} {str(found).splitlines()[0]}")
-                return
-        pytest.fail(f"in {tries} tries the check has not seen that the rule is broken")
-
-    return run
-
-
-def broken(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Lay a wrong version over owner.name; `make` gets the right one."""
-    monkeypatch.setattr(owner, name, make(getattr(owner, name)))
 
 
 @pytest.fixture

@@ -267,6 +267,20 @@ def test_what_is_too_many_by_far_is_forgotten_in_one_pass() -> None:
     assert next(looks) <= 4
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["new", "saved before"])
+@pytest.mark.parametrize("moves", range(1, 6))
+def test_an_id_that_comes_and_goes_within_one_second_is_saved_if_it_is_held_at_the_cut(moves: int, saved: bool) -> None:
+    held = new_ids([row(1, 0)] if saved else [], clock=Clock())
+    for _ in range(moves):
+        if len(held):
+            held.forget_first(1)
+        else:
+            counted(held, line(1))
+    changes = held.cut().changes
+    assert saved + len(changes.new) - len(changes.gone) == len(held)
+    assert {*changes.new, *changes.gone} <= {row(1, 0)}
+
+
 # ---- durable together with the counts
 
 

@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from model import Trouble, World
-from model_host import NAMES, PARTITIONS, Event
+from model_books import NAMES, ONCE, PARTITIONS, Event
 
 LONG = int(os.environ.get("CATCHALL_MODEL_EXAMPLES", "0"))
 SETTINGS = settings(
-    max_examples=LONG or 80,
+    max_examples=LONG or 60,
     stateful_step_count=60 if LONG else 40,
     deadline=None,
     derandomize=not LONG,
@@ -34,7 +34,11 @@ SETTINGS = settings(
 hosts = st.integers(0, 1)
 partitions = st.integers(0, PARTITIONS - 1)
 numbers = st.integers(0, 1)  # of a writer or a shard
-events = st.lists(st.tuples(st.integers(0, len(NAMES) - 1), st.sampled_from("+-"), st.integers(1, 3)), min_size=1, max_size=6)
+plain_names = st.integers(0, len(NAMES) - len(ONCE) - 1)
+once_names = st.integers(0, len(NAMES) - 1)
+events = st.lists(st.tuples(plain_names, st.sampled_from("+-"), st.integers(1, 3)), min_size=1, max_size=6)
+events_with_ids = st.lists(st.tuples(once_names, st.sampled_from("+-"), st.integers(1, 3)), min_size=1, max_size=4)
+keys = st.none() | st.integers(0, 2)
 troubles = st.none() | st.builds(Trouble, st.sampled_from(("death", "death", "death", *World.MEANWHILE)), st.integers(1, 24))
 
 
@@ -66,6 +70,22 @@ class Service(RuleBasedStateMachine):
     @rule(host=hosts, writer=numbers, events=events)
     def append_undisturbed(self, host: int, writer: int, events: list[Event]) -> None:
         self.world.append(self.at(host), writer, events)
+
+    @rule(host=hosts, writer=numbers, events=events_with_ids, key=keys, trouble=troubles)
+    def send_with_ids(self, host: int, writer: int, events: list[Event], key: int | None, trouble: Trouble | None) -> None:
+        self.world.send_with_ids(self.at(host), writer, events, key, trouble)
+
+    @rule(host=hosts, writer=numbers, which=st.integers(-3, 20), trouble=troubles)
+    def resend(self, host: int, writer: int, which: int, trouble: Trouble | None) -> None:
+        self.world.resend(self.at(host), writer, which, trouble)
+
+    @rule(host=hosts, partition=partitions, number_max=st.none() | st.integers(0, 40))
+    def lose(self, host: int, partition: int, number_max: int | None) -> None:
+        """Ids, because there is no room for more of them; or the whole ledger, because a later state of it is known."""
+        if number_max is None:
+            self.at(host).supersede(partition)
+        else:
+            self.at(host).forget(partition, number_max)
 
     @rule(host=hosts, writer=numbers, fails=st.sampled_from((False, False, False, True)), trouble=troubles)
     def sync(self, host: int, writer: int, fails: bool, trouble: Trouble | None) -> None:

@@ -10,7 +10,9 @@ import pytest
 from faults import Died, Host, Mortal, Steps, append, flush, leave_for_dead, ledger_counts, settle
 from power import Power
 
+from catchall.engine import lines
 from catchall.engine.event_queue import EventQueue
+from catchall.engine.ids import event_id
 from catchall.engine.partition import Partition
 
 NAMES = [f"n{i}.example" for i in range(5)]
@@ -222,6 +224,59 @@ def test_never_loses_nothing_that_a_flush_committed(tmp_path, monkeypatch, seed)
             world.check()
     world.cut_power()
     world.check()
+    world.kill_owner()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_power_cut_parts_an_id_from_its_count_so_a_resend_counts_what_is_missing(tmp_path, monkeypatch, seed):
+    draw = random.Random(seed)
+    world = World(tmp_path, monkeypatch, draw, durable=draw.random() < 0.7)
+    no_power_cut_parts_an_id_from_its_count(world)
+
+
+def no_power_cut_parts_an_id_from_its_count(world: World) -> None:
+    draw, requests = world.draw, list[tuple[str, bytes]]()
+    name_of: dict[bytes, str] = {}  # by id
+
+    def send(name: str) -> None:
+        digits = [event_id(f"{len(requests)} {at}", b"+", name.encode()) for at in range(20)]
+        name_of.update((bytes.fromhex(some.decode()), name) for some in digits)
+        requests.append((name, b"".join(lines.with_id(b"+%b\n" % name.encode(), some) for some in digits)))
+        append(world.writer(), requests[-1][1])
+
+    def check() -> Counter[str]:
+        owner = world.owner()
+        settle(owner)
+        table, intact = owner.ledger.ids()
+        assert intact
+        assert {hash for hash, _, _ in table} == owner.ids._held.keys()
+        counted = Counter({name: delivered for name, (delivered, _) in ledger_counts(owner).items()})
+        assert counted == Counter(name_of[hash] for hash in owner.ids._held)
+        return counted
+
+    for _ in range(draw.randrange(15, 50)):
+        action = draw.choice(("write", "write", "resend", "resend", "sync", "flush", "die in a flush", "cut"))
+        if action == "write":
+            for name in draw.choices(NAMES, k=draw.randrange(1, 8)):
+                send(name)
+        elif action == "resend" and requests:
+            for _, again in draw.choices(requests, k=draw.randrange(1, 8)):
+                append(world.writer(), again)
+        elif action == "sync":
+            world.writer().tidy()
+            world.writer().sync()
+        elif action == "flush":
+            world.flush()
+        elif action == "die in a flush":
+            world.die_in_a_flush()
+        elif action == "cut":
+            committed = {hash for hash, _, _ in world.owner().ledger.ids()[0]}
+            world.cut_power()
+            check()
+            assert committed <= world.owner().ids._held.keys()
+    for _, again in requests:
+        append(world.writer(), again)
+    assert check() == Counter({name: 20 * n for name, n in Counter(name for name, _ in requests).items()})
     world.kill_owner()
 
 

@@ -9,14 +9,17 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 
 import faults
 import pytest
 from faults import Died, Host, Mortal, Steps, append, flush, leave_for_dead, ledger_counts, settle
 
+from catchall.engine import lines
 from catchall.engine.data_folder import partition_folder
 from catchall.engine.disk import DISK
 from catchall.engine.event_queue import EventQueue
+from catchall.engine.ids import event_id
 from catchall.engine.partition import Partition, lock_partition
 from catchall.engine.rules import partition_of, shard_of
 from catchall.storage.counts import pack
@@ -50,6 +53,32 @@ class Writer:
             assert events % 40 == 0, "a request is in the counts wholly or not at all"
             least = self.acknowledged[name]
             assert least <= events // 40 <= least + self.ambiguous[name], name
+
+
+class Resender(Writer):
+    """All its events have ids. It sends any request again at any time, whoever took it, and all of them in the end."""
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__()
+        self.draw = draw
+        self.requests: list[tuple[str, bytes]] = []  # a name, and lines of it
+
+    def write(self, queue: EventQueue, names: list[str]) -> None:
+        for name in names:
+            line, number = lines.encode(b"+", name.encode()), len(self.requests)
+            ids = [event_id(f"{number} {at}", b"+", name.encode()) for at in range(40)]
+            self.requests.append((name, b"".join(lines.with_id(line, digits) for digits in ids)))
+            append(queue, self.requests[-1][1])
+            if self.draw.random() < 0.5:
+                append(queue, self.draw.choice(self.requests)[1])
+
+    def resend_all(self, queue: EventQueue) -> None:
+        for _, request in self.requests:
+            append(queue, request)
+
+    def check(self, counted: dict[str, tuple[int, int]]) -> None:
+        wanted = Counter(name for name, _ in self.requests)
+        assert counted == {name: (40 * n, 0) for name, n in wanted.items()}, "all of it once"
 
 
 @pytest.mark.parametrize("dies_at", range(1, WRITER_STEPS + 1))
@@ -230,12 +259,22 @@ def test_a_ledger_and_its_queues_hold_nothing_else_at_rest(tmp_path):
 
 @pytest.mark.parametrize("seed", range(200))
 def test_any_mixture_of_deaths_flushes_and_full_disks_counts_everything_once(tmp_path, monkeypatch, seed):
-    """Random interleavings, replayable by their seed."""
     draw = random.Random(seed)
+    mixture(tmp_path, monkeypatch, draw, Writer())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_mixture_of_them_and_of_resends_counts_everything_once(tmp_path, monkeypatch, seed):
+    draw = random.Random(seed)
+    mixture(tmp_path, monkeypatch, draw, Resender(draw))
+
+
+def mixture(root: Path, monkeypatch: pytest.MonkeyPatch, draw: random.Random, writer: Writer) -> None:
+    """Random interleavings, replayable by their seed."""
     steps = Steps()
     mortal = Mortal(monkeypatch, steps)
     owner_steps = Steps()
-    host, writer = Host(tmp_path), Writer()
+    host = Host(root)
     queue: EventQueue | None = None
     partition: Partition | None = None
     for _ in range(draw.randrange(20, 60)):
@@ -249,7 +288,7 @@ def test_any_mixture_of_deaths_flushes_and_full_disks_counts_everything_once(tmp
                 queue.sync()
                 queue.tidy()
             elif action == "full":
-                steps.full = not steps.full
+                steps.full = owner_steps.full = not steps.full
             elif action == "die":
                 victim = draw.choice((steps, owner_steps))
                 victim.dies_at = victim.taken + draw.randrange(1, 30)
@@ -277,14 +316,23 @@ def test_any_mixture_of_deaths_flushes_and_full_disks_counts_everything_once(tmp
                 if partition is not None:
                     leave_for_dead(partition)
                 partition = None
-    steps.full, steps.dies_at, owner_steps.dies_at = False, None, None
+    steps.full, steps.dies_at = False, None
     mortal.bury()
     if partition is not None:
         leave_for_dead(partition)
+    if isinstance(writer, Resender):
+        queue = host.queue()
+        writer.resend_all(queue)
+        queue.close()
     partition = host.own()
     settle(partition)
     writer.check(ledger_counts(partition))
     assert not host.segments()
+    held = {hash: (age, digest) for hash, digest, age in partition.ledger.ids()[0]}
+    assert partition.ids._held == held
+    partition.close()
+    partition = host.own()
+    assert partition.set_aside == 0, "all checks of the ledger hold"
     partition.close()
 
 
