@@ -8,6 +8,7 @@ import pytest
 from faults import Host, append, flush, settle
 
 from catchall.engine import partition as partition_module
+from catchall.engine import queue_reader
 from catchall.engine.event_queue import EventQueue
 from catchall.engine.partition import Partition
 from catchall.engine.shard_protocol import ANSWER, COUNT_PAIR, COUNTS, KEY, KEY_QUESTION
@@ -74,8 +75,9 @@ def test_a_question_about_a_partition_of_another_shard_does_not_keep_the_loop_sp
     assert not waiting.again
 
 
-def test_however_many_questions_wait_for_a_backlog_one_turn_drains_one_share_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(partition_module, "CATCH_UP_BYTES", 1)  # a slice, that is
+@pytest.mark.parametrize(("module", "bound"), [(partition_module, "CATCH_UP_BYTES"), (queue_reader, "CATCH_UP_S")])
+def test_however_many_questions_wait_for_a_backlog_one_turn_drains_one_share_of_it(tmp_path, monkeypatch, module, bound):
+    monkeypatch.setattr(module, bound, 1 if bound == "CATCH_UP_BYTES" else 0.0)  # a slice, that is
     host, lines = Host(tmp_path), b"+n0.example\n" * 100
     queue, partition = host.queue(), host.own()
     for _ in range(300):
@@ -87,6 +89,7 @@ def test_however_many_questions_wait_for_a_backlog_one_turn_drains_one_share_of_
         waiting.answer()
         turns += 1
     assert turns > 2
+    assert partition.pending.get(b"n0.example") == 30_000
     assert asker.out.count(ANSWER.pack(4, 49)) == 1
     queue.close()
     partition.close()
