@@ -1,8 +1,9 @@
 """Writes that count once however often they are sent: the Idempotency-Key of a request, and ids of events.
 
-Order       The key is recorded first, with a digest of the request, and its shard is asked for which digest the key was first
-            used. Another one: 422, and nothing was counted. Only then are the events recorded, each with an id made of key,
-            digest and index, so that a repeat after whatever failure counts what is missing and nothing else.
+Order       The shard of the key is asked which request it was used for. If for none, the key is recorded, with a digest of the
+            request, and the shard is asked again. Another one than this: 422, and nothing was counted. Only then are the
+            events recorded, each with an id made of key, digest and index, so that a repeat after whatever failure counts
+            what is missing and nothing else.
 Answer      A repeat is answered like the first request. What was counted now and what had been counted before is told in
             headers: Catchall-Counted, Catchall-Duplicate. They are left out when the shard could not be asked in time or had
             died in between: the events are recorded all the same.
@@ -66,9 +67,14 @@ async def claim(worker: Worker, key: Key) -> None:
     Raises  KeyReused, Refused, ShardUnavailable; nothing was counted then.
     """
     partition = int(key.hash, 16) % worker.runtime.manifest.partitions
-    await worker.queues.record({partition: key.line})
     shard = worker.shards[shard_of(partition, len(worker.shards))]
-    held = await shard.digest_of(partition, bytes.fromhex(key.hash.decode()))
+    given = bytes.fromhex(key.hash.decode())
+    # Asked first, so that no line is recorded of a request that is refused: a shard that dies before it has committed the
+    # first line may be followed by one that reads the two in the other order.
+    held = await shard.digest_of(partition, given)
+    if not held:
+        await worker.queues.record({partition: key.line})
+        held = await shard.digest_of(partition, given)
     if held and held.hex().encode() != key.digest:
         raise KeyReused
 

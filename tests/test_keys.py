@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from faults import Died, Host, Mortal, Steps, append, ledger_counts, settle
+from faults import Died, Host, Mortal, Steps, append, leave_for_dead, ledger_counts, settle
 
 from catchall.engine.event_queue import EventQueue
 from catchall.engine.partition import Partition
@@ -59,15 +59,15 @@ class Place:
 
     # ---- requests
 
-    def send(self, events: Mapping[str, int]) -> int:
-        """One bulk request with the key; returns the status of its answer."""
+    def send(self, events: Mapping[str, int], key: bytes = KEY) -> int:
+        """One bulk request with a key; returns the status of its answer."""
         body = b"".join(b'{"domain":"%b","type":"delivered"}\n' % name.encode() * n for name, n in events.items())
         runtime = SimpleNamespace(manifest=SimpleNamespace(partitions=PARTITIONS))
         worker: Any = SimpleNamespace(
             runtime=runtime, settings=Settings(), queues=self, shards=[self], slot=SimpleNamespace(cells=Counter()),
             pause_for_backlog=self.pause_for_backlog,
         )  # fmt: skip
-        headers = [(b"content-type", b"application/x-ndjson"), (b"idempotency-key", KEY)]
+        headers = [(b"content-type", b"application/x-ndjson"), (b"idempotency-key", key)]
 
         async def receive() -> dict[str, Any]:
             return {"type": "http.request", "body": body, "more_body": False}
@@ -80,6 +80,11 @@ class Place:
         self.mortal.bury()
         self.queues.clear()
         self.steps.in_peace()
+
+    def kill_owners(self) -> None:
+        for partition in self.owned:
+            leave_for_dead(partition)
+        self.owned = [self.host.own(p) for p in range(PARTITIONS)]
 
     def counted(self) -> dict[str, int]:
         counts = {}
@@ -104,3 +109,24 @@ def test_of_two_requests_with_one_key_one_counts_wherever_the_worker_of_the_firs
     place.bury()
     assert answers in ([422, 200, 422], [200, 422, 200])
     assert place.counted() == (ONE if answers[1] == 200 else OTHER)
+
+
+def test_a_key_that_was_used_stands_for_the_same_request_after_the_death_of_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker's request with the same key was refused, and nothing was flushed yet."""
+    place = Place(tmp_path, monkeypatch)
+    keys = [b"key %d" % number for number in range(20)]
+
+    def send(events: Mapping[str, int]) -> set[int]:
+        """With each key, by a worker of its own: so that the owners may read it in any order."""
+        answers = set()
+        for key in keys:
+            answers.add(place.send(events, key))
+            place.bury()
+        return answers
+
+    assert (send(ONE), send(OTHER)) == ({200}, {422})
+    place.kill_owners()
+    assert (send(OTHER), send(ONE)) == ({422}, {200})
+    assert place.counted() == {name: 2 * len(keys) for name in ONE}
