@@ -30,6 +30,7 @@ from catchall.storage.ledger_rows import HeldId, IdChanges
 
 ID_BYTES = 16
 INDEX_DIGITS = 8
+OUTDATED_MAX = 20_000  # forgotten at one cut: about 10 ms
 REPEATS_MAX = 1 << 16  # remembered of one segment
 
 
@@ -94,7 +95,7 @@ class Ids:
     def oldest_s(self) -> int:
         """How many seconds ago the oldest id that is held came; 0 if none is."""
         for came, _ in self._held.values():
-            return self.service_seconds - came
+            return max(0, self.service_seconds - came)
         return 0
 
     def count(self, chunk: bytes, at: int, repeats: Repeats) -> bytes:
@@ -160,10 +161,11 @@ class Ids:
         return bool(self._new or self._forgotten or self._repeats)
 
     def cut(self) -> IdCut:
-        """What came and what goes, as of now. Ids whose time is over are forgotten here."""
+        """What came and what goes, as of now. Ids whose time is over are forgotten here, so many at a time."""
         held = self._held
         seconds = self.service_seconds
-        self._forget(hash for hash in takewhile(lambda hash: seconds - held[hash][0] > self._window_s, held))
+        outdated = takewhile(lambda hash: seconds - held[hash][0] > self._window_s, held)
+        self._forget(islice(outdated, OUTDATED_MAX))
         new, gone = self._new, self._forgotten
         if new and gone and not set(new).isdisjoint(gone):  # some came and went, or went and came, within one second
             came, went = Counter(new), Counter(gone)

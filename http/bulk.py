@@ -43,7 +43,7 @@ IdOf = Callable[[int], bytes]  # the index of an event -> the hex digits of its 
 Counted = tuple[Kind, str, int]  # an event that stands for more than one: what happened, to which name, how often
 
 _Checked = tuple[Kind, bytes, int, str | None]  # what happened, to which name in normal form, how often, the id it came with
-ID_MAX: Final = 128  # characters
+ID_MAX: Final = 255  # characters
 ERRORS_MAX: Final = 20  # errors told in full; the rest are only counted
 _OPENINGS_MAX = 64  # [ and { in one line; past that the line is not decoded, since the decoder recurses
 _BOM = b"\xef\xbb\xbf"

@@ -130,7 +130,7 @@ def test_a_body_without_events_holds_none(body: bytes) -> None:
         (b'{"domain":"a.example","type":"delivered","id":1}', "bad_id"),
         (b'{"domain":"a.example","type":"delivered","id":""}', "bad_id"),
         (b'{"domain":"a.example","type":"delivered","id":null}', "bad_id"),
-        (b'{"domain":"a.example","type":"delivered","id":"%b"}' % (b"x" * 129), "bad_id"),
+        (b'{"domain":"a.example","type":"delivered","id":"%b"}' % (b"x" * 256), "bad_id"),
         (b'{"domain":"a.example","type":"delivered","key":"1"}', "unknown_field"),
         (b'{"domain":"a.example","type":"delivered","meta":{"a":[1]}}', "unknown_field"),
         (b'{"domain":"a.example","type":"delivered","Count":2}', "unknown_field"),

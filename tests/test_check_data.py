@@ -115,9 +115,9 @@ def test_damage_is_found_and_named(folder, capsys, name):
     damage, said = DAMAGES[name]
     damage(folder)
     code, found = look(folder, capsys)
-    assert code == 2
+    assert code == 3
     assert said in " ".join(problems(found))
-    assert main(["check-data", str(folder)]) == 2
+    assert main(["check-data", str(folder)]) == 3
     text = capsys.readouterr().out
     assert "DAMAGED" in text
     assert text.endswith("damage was found\n")
@@ -126,7 +126,7 @@ def test_damage_is_found_and_named(folder, capsys, name):
 def test_what_was_set_aside_before_is_listed(folder, capsys):
     (folder / "02" / "q" / "0123456789abcdef.corrupt").touch()
     code, found = look(folder, capsys)
-    assert (code, found["set_aside"]) == (2, ["02/q/0123456789abcdef.corrupt"])
+    assert (code, found["set_aside"]) == (3, ["02/q/0123456789abcdef.corrupt"])
 
 
 @pytest.mark.parametrize("lock", ["lock", "01/lock"])

@@ -3,7 +3,7 @@
 Looked at   manifest; for each partition its ledger (SQLite's own check, every row's check, tallies against a count of the rows,
             ids, reading positions, host and partition, the trace in `lock`), its segments (header, newest mark, published
             length, reading position, every unread line); what was set aside before
-Exit codes  0 good   1 could not examine: no such folder, in use, no room for a copy   2 damage found
+Exit codes  0 good   1 could not examine: no such folder, in use, no room for a copy   2 wrong use   3 damage found
 
 Ledgers are examined in a copy, one at a time, in the folder for temporary files (TMPDIR): opening one in place would change it.
 """
@@ -35,7 +35,7 @@ from catchall.storage.ledger_copy import copied
 from catchall.storage.ledger_failures import LedgerDamaged
 from catchall.storage.ledger_rows import HeldId, Position, Tallies
 
-GOOD, FAILED, DAMAGED = 0, 1, 2
+GOOD, FAILED, DAMAGED = 0, 1, 3
 ROWS_PER_PIECE = 5000
 SLICE = 1 << 20
 FOR_EVER = float("inf")

@@ -1,7 +1,7 @@
 """The command line: `catchall serve`, `check-config`, `check-data` and `version`; `catchall drill` is in crash_drill.py.
 
-Exit codes  0 good   1 failed   2 wrong use: a bad flag, an unknown setting, a bad value, a file that cannot be read; or, of
-            check-data, damage was found
+Exit codes  0 good   1 failed   2 wrong use: a bad flag, an unknown setting, a bad value, a file that cannot be read
+            3 of check-data: damage was found
 Settings    flag > environment > file > default; a flag is only a short name of a setting, and --set reaches every one
 Old names   -config -mongodb -cache -cache-ttl -processor -workers: every option may be written with one dash
 """
@@ -199,7 +199,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     commands["check-data"] = check_data = subparsers.add_parser(
         "check-data",
         help="examine a data folder that no service uses; changes nothing",
-        epilog="Exit codes: 0 good, 1 could not examine it, 2 damage was found.",
+        epilog="Exit codes: 0 good, 1 could not examine it, 2 wrong use, 3 damage was found.",
         allow_abbrev=False,
     )
     check_data.add_argument("folder", metavar="DIR", type=Path, help="the data folder")
