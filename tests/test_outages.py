@@ -107,12 +107,17 @@ def test_two_live_copies_of_one_folder_end_with_components_of_their_own_and_coun
     first.start()
     second.start()
 
-    def parted() -> bool:
-        first.client().put("first.example")
-        second.client().put("second.example")
-        return any(list(service.data_dir.glob("00/ledger-*.superseded")) for service in (first, second))
+    def begun_anew(service: Service) -> bool:
+        service.client().put("earlier.example")
+        return bool(list(service.data_dir.glob("00/ledger-*.superseded")))
 
-    eventually("one of them has parted", parted)
+    def alone(service: Service) -> bool:
+        """It has begun anew, or the other one has and it knows. What came before may be missing in MongoDB."""
+        said = service.log
+        return begun_anew(service) or said.rfind("no other process pushes") >= said.rfind("another process pushes")
+
+    eventually("one of them has parted", lambda: any([begun_anew(first), begun_anew(second)]))
+    eventually("both are alone", lambda: all([alone(first), alone(second)]))
     for service in (first, second):
         service.wait_until_ready()
         for _ in range(3):
