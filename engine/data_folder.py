@@ -18,6 +18,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -34,6 +35,7 @@ log = logging.getLogger("catchall.folder")
 
 FORMAT = "2"
 PARTITIONS = range(1, 257)
+_FORMAT_1 = re.compile(r"format 1\nhost [0-9a-f]{32}\npartitions \d+\nmade_at \d+\n")  # its ledgers are not ours either
 
 
 class FolderError(Exception):
@@ -113,17 +115,18 @@ def _read_manifest(data_dir: Path) -> Manifest | None:
         if error.errno in (errno.EIO, errno.EISDIR):
             raise _ManifestDamaged(f"{path} cannot be read: {error}") from error
         raise FolderError(f"{path} cannot be read: {error}") from error
-    body, crc, check = text.rpartition("crc ")
-    if crc and check != f"{zlib.crc32(body.encode()):08x}\n":
+    if _FORMAT_1.fullmatch(text):
+        raise FolderError(f"{data_dir} is of format 1, made by an earlier version; this version reads format {FORMAT}. Nothing "
+                          "was changed: use another folder, or the earlier version")  # fmt: skip
+    body, _, check = text.rpartition("crc ")
+    if check != f"{zlib.crc32(body.encode()):08x}\n":
         raise _ManifestDamaged(f"{path} does not match its crc")
     fields = dict(line.partition(" ")[::2] for line in text.splitlines())
-    if crc and fields.get("format") != FORMAT:
+    if fields.get("format") != FORMAT:
         raise FolderError(f"{path} says format {fields.get('format')!r}; this version reads format {FORMAT}")
     try:
         manifest = Manifest(fields["host"], int(fields["partitions"]), int(fields["made_at"]))
-        known = fields.keys() <= {"format", "host", "partitions", "made_at", "crc"}  # one without a crc is an older one
-        known &= fields["format"] == FORMAT and manifest.partitions in PARTITIONS
-        if known and len(bytes.fromhex(manifest.host_id)) == 16:
+        if manifest.partitions in PARTITIONS and len(bytes.fromhex(manifest.host_id)) == 16:
             return manifest
     except (KeyError, ValueError):
         pass

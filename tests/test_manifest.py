@@ -62,6 +62,16 @@ def test_without_any_ledger_a_damaged_one_makes_a_new_folder(tmp_path):
     assert found.host_id != HOST
 
 
+def test_a_folder_of_the_first_format_is_refused_and_left_as_it_is(tmp_path):
+    folder_with_ledgers(tmp_path)
+    text = f"format 1\nhost {HOST}\npartitions 3\nmade_at 1790000000\n"
+    (tmp_path / "manifest").write_text(text)
+    with pytest.raises(FolderError, match="Nothing was changed"):
+        open_folder(tmp_path, 3)
+    assert (tmp_path / "manifest").read_text() == text
+    assert not list(tmp_path.rglob("*.corrupt"))
+
+
 def test_one_of_a_later_format_is_refused_and_left_as_it_is(tmp_path):
     text = GOOD.text().replace("format 2", "format 3")
     body = text[: text.rindex("crc ")]
